@@ -1,0 +1,334 @@
+"""Model shapes: one frozen dataclass per part, presets by name, validated on construction.
+
+Nothing here imports torch, so that commands which only need a shape (`omnimamba --help`, recipe checks) start fast.
+The released sizes are those of arXiv 2503.08686 and of the authors' published classes (hustvl/OmniMamba b372978).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+_Part = TypeVar("_Part")
+
+SPECIAL_TOKENS = (
+    "[PAD]",
+    "<|soi|>",
+    "<|eoi|>",
+    "<|sot|>",
+    "<|eot|>",
+    "<|t2i|>",
+    "<|mmu|>",
+    "<|soc|>",
+    "<|eoc|>",
+    "<|lvg|>",
+)
+"""Added to a base tokenizer in this order, one id each, directly after its last id (authors' UniversalPrompting)."""
+
+EOS_TOKEN = "<|endoftext|>"
+EMBEDDING_ROW_MULTIPLE = 16
+
+
+class Task(enum.StrEnum):
+    """The two tasks of the paper. A task is an argument of a call, never a property of a module."""
+
+    MMU = "mmu"
+    """Multimodal understanding: image and text in, text out."""
+    T2I = "t2i"
+    """Text to image: caption in, image tokens out."""
+
+
+class PromptStyle(enum.StrEnum):
+    """How a question is put in words; see docs/differences.md for why there are two."""
+
+    IN_OUT = "in_out"
+    """`In: {question}\\nOut: `, the text that the authors' training data uses."""
+    USER_ASSISTANT = "user_assistant"
+    """`USER: {question} ASSISTANT:`, the text that the authors' inference script uses."""
+
+
+def require_positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name}={value} is not positive")
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str:
+    """A hint for an error message: `did you mean 'x'?` if a valid name is near, else the list of valid names."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Mamba-2 backbone (Dao & Gu 2024, arXiv:2405.21060): pre-norm blocks of one mixer each, no MLP."""
+
+    d_model: int = 2048
+    n_layer: int = 48
+    d_state: int = 128
+    headdim: int = 64
+    expand: int = 2
+    d_conv: int = 4
+    ngroups: int = 1
+    chunk_size: int = 256
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require_positive(**dataclasses.asdict(self))
+        if self.d_inner % self.headdim:
+            raise ValueError(f"expand*d_model={self.d_inner} is not a multiple of headdim={self.headdim}")
+        if self.nheads % self.ngroups:
+            raise ValueError(f"nheads={self.nheads} is not a multiple of ngroups={self.ngroups}")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels that pass the causal convolution: x, B and C."""
+        return self.d_inner + 2 * self.ngroups * self.d_state
+
+    @property
+    def d_in_proj(self) -> int:
+        """Rows of in_proj: z, x, B, C, dt."""
+        return self.d_inner + self.conv_dim + self.nheads
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Task LoRA on in_proj (paper section 3.3; sizes from the authors' code)."""
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_positive(rank=self.rank, alpha=self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora dropout={self.dropout} is outside [0, 1)")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """One frozen image encoder of the understanding path, built by `timm.create_model(timm_name, **timm_kwargs)`.
+
+    Its tokens are the features after block `layer` (negative counts from the end; -2 is the second-to-last, as in
+    Prismatic/Cobra), flattened to `num_tokens` rows of `dim` numbers.
+    """
+
+    timm_name: str
+    dim: int
+    image_size: int
+    num_tokens: int
+    layer: int = -2
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    timm_kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        require_positive(dim=self.dim, image_size=self.image_size, num_tokens=self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+    """LlamaGen VQ tokenizer (Sun et al. 2024, arXiv:2406.06525): CNN encoder, l2-normalised codebook, CNN decoder."""
+
+    image_size: int = 256
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(
+            image_size=self.image_size,
+            ch=self.ch,
+            num_res_blocks=self.num_res_blocks,
+            z_channels=self.z_channels,
+            codebook_size=self.codebook_size,
+            codebook_dim=self.codebook_dim,
+        )
+        if self.ch % 32:
+            raise ValueError(f"vq.ch={self.ch} is not a multiple of 32, the number of normalisation groups")
+        if self.image_size % self.downsample:
+            raise ValueError(f"vq.image_size={self.image_size} is not a multiple of the {self.downsample}-fold downsampling")
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // self.downsample
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.grid_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class OmniMambaConfig:
+    """Everything that fixes the shape of a model and the layout of its prompts."""
+
+    name: str = "1.3b"
+    backbone: BackboneConfig = BackboneConfig()
+    lora: LoraConfig = LoraConfig()
+    vq: VQConfig = VQConfig()
+    towers: dict[str, TowerConfig] = dataclasses.field(default_factory=dict)
+    text_vocab_size: int = 50288
+    """Rows of the text embedding: base tokenizer, special tokens, padding to a multiple of 16."""
+    base_vocab_size: int = 50277
+    """Ids of the base tokenizer; the special tokens follow."""
+    eos_id: int = 0
+    max_caption_tokens: int = 68
+    mmu_positions: int = 1500
+    prompt_style: PromptStyle = PromptStyle.USER_ASSISTANT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_style", PromptStyle(self.prompt_style))
+        require_positive(max_caption_tokens=self.max_caption_tokens, mmu_positions=self.mmu_positions)
+        if self.text_vocab_size < self.base_vocab_size + len(SPECIAL_TOKENS):
+            raise ValueError(
+                f"text_vocab_size={self.text_vocab_size} has no room for base_vocab_size={self.base_vocab_size} "
+                f"and {len(SPECIAL_TOKENS)} special tokens"
+            )
+        if len({tower.num_tokens for tower in self.towers.values()}) > 1:
+            raise ValueError("vision towers differ in num_tokens; their features are concatenated token by token")
+        if self.towers and self.mmu_positions < self.num_vision_tokens + 5:
+            raise ValueError(f"mmu_positions={self.mmu_positions} leaves no room for text after {self.num_vision_tokens} image tokens")
+
+    @property
+    def num_vision_tokens(self) -> int:
+        return next(iter(self.towers.values())).num_tokens if self.towers else 0
+
+    @property
+    def vision_dim(self) -> int:
+        return sum(tower.dim for tower in self.towers.values())
+
+    @property
+    def image_vocab_size(self) -> int:
+        return self.vq.codebook_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.vq.num_image_tokens
+
+    @property
+    def t2i_prompt_length(self) -> int:
+        """[t2i][sot] caption [eot][soi]: 72 in the released model."""
+        return self.max_caption_tokens + 4
+
+    @property
+    def t2i_positions(self) -> int:
+        """Rows of the T2I position table: prompt, image tokens, [eoi]; 73+256 in the released model."""
+        return self.t2i_prompt_length + 1 + self.num_image_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_dict` reads back to an equal config."""
+        values = dataclasses.asdict(self)
+        for tower in values["towers"].values():
+            tower["timm_kwargs"] = dict(tower["timm_kwargs"])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OmniMambaConfig:
+        """Raises ValueError for an unknown key, naming the nearest valid one."""
+        values = dict(values)
+        for key, part in (("backbone", BackboneConfig), ("lora", LoraConfig), ("vq", VQConfig)):
+            if key in values:
+                values[key] = build(part, values[key], key)
+        if "towers" in values:
+            values["towers"] = {name: build(TowerConfig, tower, f"towers.{name}") for name, tower in values["towers"].items()}
+        return build(cls, values, "config")
+
+
+def build(cls: type[_Part], values: dict[str, Any], where: str) -> _Part:
+    """A dataclass from a dict; lists become tuples, dicts of a tuple-typed field its items. Unknown keys raise ValueError."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown key {key!r} in {where}; {nearest_name(key, fields)}")
+    return cls(**{key: freeze(value, str(fields[key].type)) for key, value in values.items()})
+
+
+def freeze(value: Any, annotation: str) -> Any:
+    if not annotation.startswith("tuple"):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, freeze(item, "tuple") if isinstance(item, list) else item) for key, item in value.items())
+    return tuple(value)
+
+
+DINO = TowerConfig(
+    "vit_large_patch14_reg4_dinov2.lvd142m",
+    dim=1024,
+    image_size=384,
+    num_tokens=729,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+SIGLIP = TowerConfig("vit_so400m_patch14_siglip_384", dim=1152, image_size=384, num_tokens=729)
+
+_NANO = OmniMambaConfig(
+    name="nano",
+    backbone=BackboneConfig(d_model=256, n_layer=8, d_state=64, chunk_size=64),
+    vq=VQConfig(image_size=128, ch=32, ch_mult=(1, 2, 2, 2), z_channels=64, codebook_size=2048),
+    towers={
+        "emoji": TowerConfig(
+            "convnext_atto",
+            dim=288,
+            image_size=128,
+            num_tokens=16,
+            layer=-1,
+            timm_kwargs=(("depths", (2, 2, 5, 2)), ("dims", (32, 64, 144, 288))),
+        )
+    },
+    text_vocab_size=2048,
+    base_vocab_size=2038,
+    max_caption_tokens=32,
+    mmu_positions=512,
+    prompt_style=PromptStyle.IN_OUT,
+)
+
+PRESETS = {
+    "1.3b": OmniMambaConfig(towers={"dino": DINO, "siglip": SIGLIP}),
+    "L": OmniMambaConfig(name="L", backbone=BackboneConfig(d_model=1024), towers={"dino": DINO, "siglip": SIGLIP}),
+    "nano": _NANO,
+    "tiny": dataclasses.replace(
+        _NANO,
+        name="tiny",
+        backbone=BackboneConfig(d_model=64, n_layer=2, d_state=16, headdim=32, chunk_size=16),
+        vq=VQConfig(image_size=32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64),
+        towers={
+            "vit": TowerConfig(
+                "vit_tiny_patch16_224",
+                dim=32,
+                image_size=32,
+                num_tokens=16,
+                timm_kwargs=(("patch_size", 8), ("embed_dim", 32), ("depth", 3), ("num_heads", 2)),
+            )
+        },
+    ),
+}
+
+
+def preset(name: str) -> OmniMambaConfig:
+    """The config of a named preset: `1.3b` (released), `L`, `nano` (shipped), `tiny` (tests)."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; {nearest_name(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,46 @@
+"""Task LoRA (paper section 3.3): one low-rank pair per task beside one shared weight."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimamba.config import LoraConfig, Task
+
+Tasks = Task | Tensor | None
+"""Which LoRA a call uses: one task for the whole batch, `is_t2i` [b] bool for a mixed batch, None for no LoRA at all."""
+
+
+class TaskLoraLinear(nn.Module):
+    """Linear layer without bias whose output gains scaling * B_task(A_task(dropout(u))) for the task of each row."""
+
+    def __init__(self, in_features: int, out_features: int, lora: LoraConfig, tasks: Iterable[Task] = tuple(Task)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.lora_A = nn.ParameterDict({str(task): torch.empty(lora.rank, in_features) for task in tasks})
+        self.lora_B = nn.ParameterDict({str(task): torch.empty(out_features, lora.rank) for task in tasks})
+        self.scaling = lora.scaling
+        self.dropout = lora.dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        for task in self.lora_A:
+            nn.init.kaiming_uniform_(self.lora_A[task], a=5**0.5)
+            nn.init.zeros_(self.lora_B[task])
+
+    def forward(self, u: Tensor, task: Tasks) -> Tensor:
+        """u: [b, d] or [b, l, d]. Returns the same shape with out_features last."""
+        y = F.linear(u, self.weight)
+        if task is None:
+            return y
+        if isinstance(task, Task):
+            return y + self.lora(u, task)
+        is_t2i = task.view(-1, *[1] * (u.dim() - 1))
+        return y + torch.where(is_t2i, self.lora(u, Task.T2I), self.lora(u, Task.MMU))
+
+    def lora(self, u: Tensor, task: Task) -> Tensor:
+        """What the pair of `task` adds to the output."""
+        u = F.dropout(u, self.dropout, self.training)
+        return F.linear(F.linear(u, self.lora_A[task]), self.lora_B[task]) * self.scaling

@@ -1,0 +1,166 @@
+"""Mamba-2 mixer, block and backbone (Dao & Gu 2024, arXiv:2405.21060, section 7) with task LoRA on in_proj.
+
+Two ways through the same weights: `forward` for a sequence (training, prefill, continuing from a state) and `step` for one
+position (decode). The residual stream is fp32 whatever the compute dtype.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimamba.config import BackboneConfig, LoraConfig
+from omnimamba.model.lora import TaskLoraLinear, Tasks
+from omnimamba.model.state import MambaState
+from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd_chunk_scan, ssd_step
+from omnimamba.ops.norm import length_mask, softplus_dt
+
+DT_INIT_RANGE = (1e-3, 1e-1)  # step sizes at initialisation, log-uniform (arXiv:2312.00752, section 3.6)
+A_INIT_RANGE = (1.0, 16.0)  # -A at initialisation, uniform (mamba_ssm)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return gated_rms_norm(y, z, self.weight, self.eps)
+
+
+class Mamba2Mixer(nn.Module):
+    def __init__(self, config: BackboneConfig, lora: LoraConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_proj = TaskLoraLinear(config.d_model, config.d_in_proj, lora)  # rows: z, x, B, C, dt
+        self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim)
+        self.dt_bias = nn.Parameter(torch.empty(config.nheads))
+        self.A_log = nn.Parameter(torch.empty(config.nheads))
+        self.D = nn.Parameter(torch.ones(config.nheads))
+        self.norm = GatedRMSNorm(config.d_inner, config.norm_eps)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        low, high = (math.log(limit) for limit in DT_INIT_RANGE)
+        dt = torch.exp(torch.rand(self.config.nheads) * (high - low) + low)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.A_log.copy_(torch.empty(self.config.nheads).uniform_(*A_INIT_RANGE).log())
+        self.out_proj.weight /= math.sqrt(self.config.n_layer)  # GPT-2's residual scaling, one residual per layer
+
+    def forward(
+        self,
+        u: Tensor,
+        task: Tasks,
+        *,
+        lengths: Tensor | None = None,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [b, l, d] and the conv and SSM states after each row's last valid position.
+
+        u: [b, l, d]; lengths: [b] valid positions of right-padded rows; the states are those before u (None: nothing
+        came before) and are not changed.
+        """
+        config = self.config
+        z, xBC, dt = self.in_proj(u, task).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
+        xBC, conv_state = causal_conv1d(
+            xBC, self.conv1d.weight[:, 0], self.bias, initial_state=conv_state, lengths=lengths
+        )
+        x, B, C = self.split_xBC(xBC)
+        dt = softplus_dt(dt, self.dt_bias)
+        if lengths is not None:
+            dt = dt * length_mask(lengths, u.shape[1])[..., None]
+        y, ssm_state = ssd_chunk_scan(
+            x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state
+        )
+        return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
+
+    def step(self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """Output [b, d] for one position u: [b, d]; both states are updated in place."""
+        config = self.config
+        z, xBC, dt = self.in_proj(u, task).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
+        x, B, C = self.split_xBC(causal_conv1d_step(xBC, conv_state, self.conv1d.weight[:, 0], self.bias))
+        y = ssd_step(ssm_state, x, softplus_dt(dt, self.dt_bias), self.A, B, C, D=self.D)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    @property
+    def A(self) -> Tensor:
+        return -torch.exp(self.A_log.float())  # fp32: in fp16 exp(A_log) overflows
+
+    @property
+    def bias(self) -> Tensor:
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
+    def split_xBC(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        x, B, C = xBC.split((config.d_inner, config.ngroups * config.d_state, config.ngroups * config.d_state), dim=-1)
+        return (
+            x.unflatten(-1, (config.nheads, config.headdim)),
+            B.unflatten(-1, (config.ngroups, config.d_state)),
+            C.unflatten(-1, (config.ngroups, config.d_state)),
+        )
+
+
+class Mamba2Block(nn.Module):
+    def __init__(self, config: BackboneConfig, lora: LoraConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mamba2Mixer(config, lora)
+
+
+class Mamba2Backbone(nn.Module):
+    """Blocks x = x + mixer(norm(x)), then a final norm."""
+
+    def __init__(self, config: BackboneConfig, lora: LoraConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Mamba2Block(config, lora) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it and it is updated in place.
+
+        x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows.
+        """
+        residual = x.float()
+        for i, block in enumerate(self.layers):
+            assert isinstance(block, Mamba2Block)
+            u = block.norm(residual)
+            if state is None:
+                hidden, _, _ = block.mixer(u, task, lengths=lengths)
+            else:
+                hidden, conv, ssm = block.mixer(u, task, lengths=lengths, conv_state=state.conv[i], ssm_state=state.ssm[i])
+                state.conv[i] = conv.to(state.conv.dtype)
+                state.ssm[i] = ssm.to(state.ssm.dtype)
+            residual = residual + hidden
+        if state is not None:
+            state.position += x.shape[1] if lengths is None else lengths
+        return self.norm_f(residual)
+
+    def step(self, x: Tensor, task: Tasks, state: MambaState) -> Tensor:
+        """Final hidden states [b, d] for one position x: [b, d]; `state` (b slots) is updated in place."""
+        residual = x.float()
+        for i, block in enumerate(self.layers):
+            assert isinstance(block, Mamba2Block)
+            residual = residual + block.mixer.step(block.norm(residual), task, state.conv[i], state.ssm[i])
+        state.position += 1
+        return self.norm_f(residual)
+
+    def hidden_states(self, x: Tensor, task: Tasks) -> list[tuple[Tensor, Tensor]]:
+        """Per block, the residual stream it reads and the output of its mixer; for inspection."""
+        residual, seen = x.float(), []
+        for block in self.layers:
+            assert isinstance(block, Mamba2Block)
+            hidden, _, _ = block.mixer(block.norm(residual), task)
+            seen.append((residual, hidden))
+            residual = residual + hidden
+        return seen

@@ -1,0 +1,31 @@
+"""RMSNorm (Zhang & Sennrich 2019) and Mamba-2's gated RMSNorm (arXiv:2405.21060, section 7)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, computed in fp32, returned in `weight`'s dtype.
+
+    x: [..., d]; weight: [d].
+    """
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(y * silu(z)): the gate comes before the norm, over the whole inner width.
+
+    y, z: [..., d]; weight: [d].
+    """
+    return rms_norm(y.float() * F.silu(z.float()), weight, eps)
+
+
+def softplus_dt(dt: Tensor, dt_bias: Tensor) -> Tensor:
+    """The step size softplus(dt + dt_bias) in fp32. dt: [..., h]; dt_bias: [h]."""
+    return F.softplus(dt.float() + dt_bias.float(), threshold=20.0)
+
+
+def length_mask(lengths: Tensor, l: int) -> Tensor:
+    """True at the valid positions of right-padded rows. lengths: [b]; returns [b, l]."""
+    return torch.arange(l, device=lengths.device) < lengths[:, None]

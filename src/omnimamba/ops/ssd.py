@@ -1,0 +1,102 @@
+"""State space duality: the Mamba-2 recurrence as a chunked scan and as a single step (arXiv:2405.21060, sections 6 and 7).
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t + D x_t
+
+`dt` is positive (after softplus), `A` negative, one scalar per head. A position with dt = 0 leaves the state as it is; that
+is how padding is skipped. States and decays are fp32; matrix products run in x's dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnimamba.ops.plain_path import announce_plain_path
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y for a whole sequence and the state after its last position.
+
+    x: [b, l, h, p]; dt: [b, l, h] fp32; A, D: [h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n], not changed.
+    Returns y [b, l, h, p] in x's dtype and the final state [b, h, p, n] in fp32.
+
+    Inside a chunk of q positions the recurrence is a masked (q, q) matrix product; between chunks only states travel.
+    """
+    announce_plain_path(x.device)
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    state = x.new_zeros(b, h, p, n, dtype=torch.float32) if initial_state is None else initial_state.float()
+    if l == 0:
+        return x, state
+    with torch.autocast(x.device.type, enabled=False):
+        q = min(chunk_size, l)
+        tail = -l % q
+        xdt = x.float() * dt[..., None]
+        decay = dt.float() * A.float()  # log of the decay of each step
+        if tail:
+            xdt, decay = F.pad(xdt, (0, 0, 0, 0, 0, tail)), F.pad(decay, (0, 0, 0, tail))
+            B, C = F.pad(B, (0, 0, 0, 0, 0, tail)), F.pad(C, (0, 0, 0, 0, 0, tail))
+        # r heads share one of the g groups of B and C
+        xdt = xdt.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 1, 3, 4, 2, 5)  # [b, c, g, r, q, p]
+        B, C = (m.unflatten(1, (-1, q)).transpose(2, 3) for m in (B, C))  # [b, c, g, q, n]
+        decay = decay.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 1, 3, 4, 2)  # [b, c, g, r, q]
+        decay, low = cumulated(decay)
+
+        # exp only on and below the diagonal: above it the exponent is positive and may overflow
+        above = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
+        between = decay[..., :, None] - decay[..., None, :] + (low[..., :, None] - low[..., None, :])
+        between = between.masked_fill(above, -torch.inf)
+        scores = (C @ B.mT)[:, :, :, None].float() * between.exp()  # [b, c, g, r, q, q]
+        y = (scores.to(x.dtype) @ xdt.to(x.dtype)).float()
+
+        to_end = (decay[..., -1:] - decay + (low[..., -1:] - low)).exp()
+        added = (xdt * to_end[..., None]).to(x.dtype).mT @ B[:, :, :, None]  # [b, c, g, r, p, n]
+        added = added.flatten(2, 3).float()
+        chunk_decay = decay[..., -1, None, None].flatten(2, 3).exp()
+        entering = []
+        for c in range(added.shape[1]):
+            entering.append(state)
+            state = state * chunk_decay[:, c] + added[:, c]
+        before = torch.stack(entering, 1).unflatten(2, (g, -1)).mT
+        y = y + (C[:, :, :, None] @ before.to(x.dtype)).float() * decay.exp()[..., None]
+        y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :l]  # undo chunking: [b, l, h, p]
+        y = y + x.float() * D.float()[:, None]
+    return y.to(x.dtype), state
+
+
+def cumulated(decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Cumulative sum over the last axis as two fp32 words whose sum is the fp64 result.
+
+    Differences of two cumulated decays of several hundred lose four digits in fp32; the low words give them back.
+    """
+    if decay.device.type == "mps":  # has no fp64
+        total = decay.cumsum(-1)
+        return total, torch.zeros_like(total)
+    exact = decay.double().cumsum(-1)
+    total = exact.float()
+    return total, (exact - total.double()).float().detach()
+
+
+def ssd_step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor) -> Tensor:
+    """y for one position; `state` [b, h, p, n] is updated in place.
+
+    x: [b, h, p]; dt: [b, h] fp32; A, D: [h]; B, C: [b, g, n]. Returns y [b, h, p] in x's dtype.
+    """
+    announce_plain_path(x.device)
+    heads_per_group = x.shape[1] // B.shape[1]
+    B, C = (m.float().repeat_interleave(heads_per_group, dim=1) for m in (B, C))
+    xf = x.float()
+    decay = (dt * A).exp()
+    new = state.float() * decay[..., None, None] + (xf * dt[..., None])[..., None] * B[:, :, None, :]
+    state.copy_(new)
+    y = (new @ C[..., None]).squeeze(-1) + xf * D.float()[:, None]
+    return y.to(x.dtype)
