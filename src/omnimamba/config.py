@@ -52,13 +52,13 @@ class PromptStyle(enum.StrEnum):
 
 def require_positive(**values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
+        if not value > 0:  # also true of NaN
             raise ValueError(f"{name}={value} is not positive")
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
     """A hint for an error message: `did you mean 'x'?` if a valid name is near, else the list of valid names."""
-    names = sorted(valid)
+    names = sorted(map(str, valid))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
 
@@ -140,6 +140,8 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         require_positive(dim=self.dim, image_size=self.image_size, num_tokens=self.num_tokens)
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+            raise ValueError(f"tower mean={self.mean}, std={self.std}: pass one number each for red, green and blue, std above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +165,8 @@ class VQConfig:
             codebook_size=self.codebook_size,
             codebook_dim=self.codebook_dim,
         )
+        if not self.ch_mult or not all(isinstance(multiple, int) and multiple > 0 for multiple in self.ch_mult):
+            raise ValueError(f"vq.ch_mult={self.ch_mult} must hold a positive whole number per resolution")
         if self.ch % 32:
             raise ValueError(f"vq.ch={self.ch} is not a multiple of 32, the number of normalisation groups")
         if self.image_size % self.downsample:
@@ -200,6 +204,8 @@ class OmniMambaConfig:
     prompt_style: PromptStyle = PromptStyle.USER_ASSISTANT
 
     def __post_init__(self) -> None:
+        if self.prompt_style not in list(PromptStyle):
+            raise ValueError(f"unknown prompt_style {self.prompt_style!r}; {nearest_name(str(self.prompt_style), PromptStyle)}")
         object.__setattr__(self, "prompt_style", PromptStyle(self.prompt_style))
         require_positive(max_caption_tokens=self.max_caption_tokens, mmu_positions=self.mmu_positions)
         if self.text_vocab_size < self.base_vocab_size + len(SPECIAL_TOKENS):
@@ -207,6 +213,8 @@ class OmniMambaConfig:
                 f"text_vocab_size={self.text_vocab_size} has no room for base_vocab_size={self.base_vocab_size} "
                 f"and {len(SPECIAL_TOKENS)} special tokens"
             )
+        if not 0 <= self.eos_id < self.base_vocab_size:
+            raise ValueError(f"eos_id={self.eos_id} is not among the base_vocab_size={self.base_vocab_size} ids of the base tokenizer")
         if len({tower.num_tokens for tower in self.towers.values()}) > 1:
             raise ValueError("vision towers differ in num_tokens; their features are concatenated token by token")
         if self.towers and self.mmu_positions < self.num_vision_tokens + 5:
@@ -247,22 +255,45 @@ class OmniMambaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OmniMambaConfig:
-        """Raises ValueError for an unknown key, naming the nearest valid one."""
+        """The config of `to_dict`, of JSON or of TOML; see `build` for what is refused."""
         values = dict(values)
         for key, part in (("backbone", BackboneConfig), ("lora", LoraConfig), ("vq", VQConfig)):
             if key in values:
                 values[key] = build(part, values[key], key)
         if "towers" in values:
+            if not isinstance(values["towers"], dict):
+                raise ValueError(f"towers={values['towers']!r} is not a dict of towers by name")
             values["towers"] = {name: build(TowerConfig, tower, f"towers.{name}") for name, tower in values["towers"].items()}
         return build(cls, values, "config")
 
 
+_CHECKED_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "tuple": (list, tuple, dict),
+}
+
+
 def build(cls: type[_Part], values: dict[str, Any], where: str) -> _Part:
-    """A dataclass from a dict; lists become tuples, dicts of a tuple-typed field its items. Unknown keys raise ValueError."""
+    """A dataclass from a dict; lists become tuples, dicts of a tuple-typed field its items.
+
+    Raises ValueError for an unknown key, naming the nearest valid one, for a missing key and for a value of a wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={values!r} is not a dict of values by name")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
+    for key, value in values.items():
         if key not in fields:
             raise ValueError(f"unknown key {key!r} in {where}; {nearest_name(key, fields)}")
+        name = str(fields[key].type).partition("[")[0]
+        expected = _CHECKED_TYPES.get(name)
+        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (name == "bool")):
+            raise ValueError(f"{key}={value!r} in {where} is not of type {fields[key].type}")
+    required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"missing in {where}: {', '.join(missing)}")
     return cls(**{key: freeze(value, str(fields[key].type)) for key, value in values.items()})
 
 
@@ -290,18 +321,18 @@ _NANO = OmniMambaConfig(
     vq=VQConfig(image_size=128, ch=32, ch_mult=(1, 2, 2, 2), z_channels=64, codebook_size=2048),
     towers={
         "emoji": TowerConfig(
-            "convnext_atto",
-            dim=288,
+            "resnet34",
+            dim=320,
             image_size=128,
             num_tokens=16,
             layer=-1,
-            timm_kwargs=(("depths", (2, 2, 5, 2)), ("dims", (32, 64, 144, 288))),
+            timm_kwargs=(("channels", (48, 96, 192, 320)),),
         )
     },
     text_vocab_size=2048,
     base_vocab_size=2038,
     max_caption_tokens=32,
-    mmu_positions=512,
+    mmu_positions=256,
     prompt_style=PromptStyle.IN_OUT,
 )
 

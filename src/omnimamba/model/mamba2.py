@@ -7,7 +7,6 @@ position (decode). The residual stream is fp32 whatever the compute dtype.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimamba.config import BackboneConfig, LoraConfig
@@ -31,8 +30,12 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
+    def __init__(self, d: int, eps: float, num_groups: int) -> None:
+        super().__init__(d, eps)
+        self.num_groups = num_groups
+
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return gated_rms_norm(y, z, self.weight, self.eps)
+        return gated_rms_norm(y, z, self.weight, self.eps, num_groups=self.num_groups)
 
 
 class Mamba2Mixer(nn.Module):
@@ -44,7 +47,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(config.nheads))
         self.A_log = nn.Parameter(torch.empty(config.nheads))
         self.D = nn.Parameter(torch.ones(config.nheads))
-        self.norm = GatedRMSNorm(config.d_inner, config.norm_eps)
+        self.norm = GatedRMSNorm(config.d_inner, config.norm_eps, config.ngroups)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
         self.reset_parameters()
 
@@ -67,21 +70,17 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [b, l, d] and the conv and SSM states after each row's last valid position.
 
-        u: [b, l, d]; lengths: [b] valid positions of right-padded rows; the states are those before u (None: nothing
-        came before) and are not changed.
+        u: [b, l, d]; lengths: [b] valid positions of right-padded rows, whose padding is finite; the states are those before u
+        (None: nothing came before) and are not changed.
         """
         config = self.config
         z, xBC, dt = self.in_proj(u, task).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
-        xBC, conv_state = causal_conv1d(
-            xBC, self.conv1d.weight[:, 0], self.bias, initial_state=conv_state, lengths=lengths
-        )
+        xBC, conv_state = causal_conv1d(xBC, self.conv1d.weight[:, 0], self.bias, initial_state=conv_state, lengths=lengths)
         x, B, C = self.split_xBC(xBC)
         dt = softplus_dt(dt, self.dt_bias)
         if lengths is not None:
             dt = dt * length_mask(lengths, u.shape[1])[..., None]
-        y, ssm_state = ssd_chunk_scan(
-            x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state
-        )
+        y, ssm_state = ssd_chunk_scan(x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state)
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
     def step(self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
@@ -129,9 +128,12 @@ class Mamba2Backbone(nn.Module):
     def forward(self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None) -> Tensor:
         """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it and it is updated in place.
 
-        x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows.
+        x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows. What stands in the padding,
+        even NaN, reaches no valid position and no state.
         """
         residual = x.float()
+        if lengths is not None:
+            residual = residual.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0)
         for i, block in enumerate(self.layers):
             assert isinstance(block, Mamba2Block)
             u = block.norm(residual)

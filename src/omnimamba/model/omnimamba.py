@@ -95,9 +95,9 @@ class OmniMambaModel(nn.Module):
     def add_positions(self, x: Tensor, task: Task, start: int = 0) -> Tensor:
         """x [b, l, d] plus rows start..start+l of the task's position table. ValueError past the last row."""
         table = self.positions[task]
-        stop = start + x.shape[1]
-        if stop > table.shape[0]:
-            raise ValueError(f"{task} sequence needs position {stop - 1}, but the table has {table.shape[0]} rows (0..{table.shape[0] - 1})")
+        stop, num_rows = start + x.shape[1], table.shape[0]
+        if stop > num_rows:
+            raise ValueError(f"{task} sequence needs {stop} positions, but its table has {num_rows}; shorten it by {stop - num_rows}")
         return x + table[start:stop].to(x.dtype)
 
     # ---- heads and losses
@@ -138,7 +138,7 @@ class OmniMambaModel(nn.Module):
             image = self.no_image(b)
         else:
             image = self.project_features(features)
-            if image_rows is not None and len(image_rows) != b:
+            if image_rows is not None:
                 image = image.new_zeros(b, *image.shape[1:]).index_copy(0, image_rows, image)
         return self.add_positions(self.embed_mmu(ids, image), Task.MMU)
 

@@ -55,6 +55,7 @@ class MambaState:
 
     def slots(self, slot_idx: list[int]) -> MambaState:
         """The named slots: a view sharing memory where they are consecutive, else a copy (write back with `store`)."""
+        assert all(0 <= i < self.num_slots for i in slot_idx), (slot_idx, self.num_slots)
         first, num = (slot_idx[0] if slot_idx else 0), len(slot_idx)
         if slot_idx == list(range(first, first + num)):
             return MambaState(self.conv[:, first : first + num], self.ssm[:, first : first + num], self.position[first : first + num])
@@ -106,8 +107,10 @@ class MambaState:
                 tensors = {name: file.get_tensor(name) for name in ("conv", "ssm", "position")}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a state file ({error})") from None
-        if header.get("fingerprint") != fingerprint:
-            raise ValueError(f"{path}: saved by another model (fingerprint {header.get('fingerprint')}, this model has {fingerprint})")
+        if not {"fingerprint", "metadata"} <= header.keys() or tensors["position"].dim() != 1:
+            raise ValueError(f"{path}: not a state file (its header or positions are not those of a state)")
+        if header["fingerprint"] != fingerprint:
+            raise ValueError(f"{path}: saved by another model (fingerprint {header['fingerprint']}, this model has {fingerprint})")
         state = cls(**tensors)
         expected = cls.zeros(config, state.num_slots, device="meta")
         if state.conv.shape != expected.conv.shape or state.ssm.shape != expected.ssm.shape:

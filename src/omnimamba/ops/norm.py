@@ -13,12 +13,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm(y * silu(z)): the gate comes before the norm, over the whole inner width.
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_groups: int = 1) -> Tensor:
+    """rms_norm(y * silu(z)): the gate comes before the norm. Each of `num_groups` equal parts has an rms of its own (mamba_ssm).
 
     y, z: [..., d]; weight: [d].
     """
-    return rms_norm(y.float() * F.silu(z.float()), weight, eps)
+    gated = (y.float() * F.silu(z.float())).unflatten(-1, (num_groups, -1))
+    return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(weight.dtype)
 
 
 def softplus_dt(dt: Tensor, dt_bias: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t + D x_t
 
 `dt` is positive (after softplus), `A` negative, one scalar per head. A position with dt = 0 leaves the state as it is; that
-is how padding is skipped. States and decays are fp32; matrix products run in x's dtype.
+is how padding is skipped (its x, B and C must be finite: zero times NaN is NaN). States and decays are fp32; matrix products run
+in x's dtype.
 """
 
 import torch
@@ -49,41 +50,37 @@ def ssd_chunk_scan(
         xdt = xdt.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 1, 3, 4, 2, 5)  # [b, c, g, r, q, p]
         B, C = (m.unflatten(1, (-1, q)).transpose(2, 3) for m in (B, C))  # [b, c, g, q, n]
         decay = decay.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 1, 3, 4, 2)  # [b, c, g, r, q]
-        decay, low = cumulated(decay)
+        from_start = decay.cumsum(-1)
+        between = segment_sums(decay)
 
-        # exp only on and below the diagonal: above it the exponent is positive and may overflow
-        above = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-        between = decay[..., :, None] - decay[..., None, :] + (low[..., :, None] - low[..., None, :])
-        between = between.masked_fill(above, -torch.inf)
         scores = (C @ B.mT)[:, :, :, None].float() * between.exp()  # [b, c, g, r, q, q]
         y = (scores.to(x.dtype) @ xdt.to(x.dtype)).float()
 
-        to_end = (decay[..., -1:] - decay + (low[..., -1:] - low)).exp()
+        to_end = between[..., -1, :].exp()
         added = (xdt * to_end[..., None]).to(x.dtype).mT @ B[:, :, :, None]  # [b, c, g, r, p, n]
         added = added.flatten(2, 3).float()
-        chunk_decay = decay[..., -1, None, None].flatten(2, 3).exp()
+        chunk_decay = from_start[..., -1, None, None].flatten(2, 3).exp()
         entering = []
         for c in range(added.shape[1]):
             entering.append(state)
             state = state * chunk_decay[:, c] + added[:, c]
         before = torch.stack(entering, 1).unflatten(2, (g, -1)).mT
-        y = y + (C[:, :, :, None] @ before.to(x.dtype)).float() * decay.exp()[..., None]
+        y = y + (C[:, :, :, None] @ before.to(x.dtype)).float() * from_start.exp()[..., None]
         y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :l]  # undo chunking: [b, l, h, p]
         y = y + x.float() * D.float()[:, None]
     return y.to(x.dtype), state
 
 
-def cumulated(decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Cumulative sum over the last axis as two fp32 words whose sum is the fp64 result.
+def segment_sums(decay: Tensor) -> Tensor:
+    """sums[..., t, s] = decay[s+1] + ... + decay[t] and -inf for s > t, [..., q, q] for decay [..., q].
 
-    Differences of two cumulated decays of several hundred lose four digits in fp32; the low words give them back.
+    Each segment is summed by itself: as differences of one cumulative sum they, and the gradient of A even more, would lose up to
+    four digits by cancellation.
     """
-    if decay.device.type == "mps":  # has no fp64
-        total = decay.cumsum(-1)
-        return total, torch.zeros_like(total)
-    exact = decay.double().cumsum(-1)
-    total = exact.float()
-    return total, (exact - total.double()).float().detach()
+    q = decay.shape[-1]
+    lower = torch.ones(q, q, dtype=torch.bool, device=decay.device).tril()
+    sums = decay[..., None].expand(*decay.shape, q).masked_fill(~lower.tril(-1), 0).cumsum(-2)
+    return sums.masked_fill(~lower, -torch.inf)
 
 
 def ssd_step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor) -> Tensor:
