@@ -1,0 +1,1 @@
+"""The neural networks: language model, image tokenizer, understanding towers, and their weights on disk."""
