@@ -1,0 +1,20 @@
+"""Paints a text and shows the picture while it grows: `python examples/paint.py "red apple" [MODEL]`."""
+
+import sys
+
+from PIL import Image
+
+from omnimamba import OmniMamba
+
+
+def on_row(image_idx: int, image: Image.Image, fraction: float) -> None:
+    """Called after each row of image tokens; what is not painted yet is grey."""
+    image.save(f"painting-{image_idx}.png")
+    print(f"image {image_idx}: {fraction:.0%}")
+
+
+prompt, source = sys.argv[1], (sys.argv[2:] or ["nano"])[0]
+model = OmniMamba.from_pretrained(source)
+images = model.generate_image(prompt, num_images=2, seed=0, callback=on_row)
+for image_idx, image in enumerate(images):
+    image.save(f"painting-{image_idx}.png")
