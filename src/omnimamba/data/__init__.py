@@ -1,0 +1,1 @@
+"""Training data: image stores, captions, conversations, and which samples a step uses."""

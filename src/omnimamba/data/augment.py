@@ -1,0 +1,159 @@
+"""Augmentations of image batches, on whatever device the batch is. All randomness comes from the generator that is passed in."""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Half-ranges and probabilities of the random changes; the defaults change nothing. White is what comes in at the border."""
+
+    scale: float = 0.0
+    """Zoom in [1 - scale, 1 + scale]."""
+    rotate: float = 0.0
+    """Degrees."""
+    shear: float = 0.0
+    """Degrees, along both axes."""
+    shift: float = 0.0
+    """Share of the image's side."""
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """Rotation of the colour circle as a share of a full turn."""
+    grey: float = 0.0
+    """Probability that an image loses its colours."""
+    outline: float = 0.0
+    """Probability that an image becomes a black line drawing of its edges."""
+    erase: float = 0.0
+    """Probability that one rectangle of up to 1/9 of the image is replaced by one colour."""
+    texture: float = 0.0
+    """Probability that an image is cut into 2x2 to 8x8 tiles, which are put back in any order, and that all is turned and mirrored:
+    what it shows is lost, how it is drawn stays, to the pixel."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(f"augmentation {field.name}={getattr(self, field.name)} is negative")
+
+
+def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    """A changed copy of images [b, 3, h, w] in [0, 1]; each image has changes of its own."""
+    images = _texture(images, settings, generator)
+    images = _affine(images, settings, generator)
+    images = _outline(images, settings, generator)
+    images = _colour(images, settings, generator)
+    if settings.erase:
+        images = _erase(images, settings.erase, generator)
+    return images
+
+
+def _uniform(b: int, half_range: float, like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.rand(b, generator=generator, device=generator.device).to(like.device) * 2 - 1) * half_range
+
+
+def _chosen(b: int, probability: float, like: Tensor, generator: torch.Generator) -> Tensor:
+    """[b, 1, 1, 1] bool, true with the given probability."""
+    return (torch.rand(b, generator=generator, device=generator.device).to(like.device) < probability).view(b, 1, 1, 1)
+
+
+def _luma(images: Tensor) -> Tensor:
+    return (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _affine(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    if not (settings.scale or settings.rotate or settings.shear or settings.shift):
+        return images
+    b = images.shape[0]
+    zoom = 1 / (1 + _uniform(b, settings.scale, images, generator))
+    angle = _uniform(b, math.radians(settings.rotate), images, generator)
+    shear_x, shear_y = (_uniform(b, math.radians(settings.shear), images, generator).tan() for _ in range(2))
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    x, y = (_uniform(b, 2 * settings.shift, images, generator) for _ in range(2))
+    # rotation and zoom after a shear
+    first = torch.stack([cos - sin * shear_y, cos * shear_x - sin, x], -1)
+    second = torch.stack([sin + cos * shear_y, sin * shear_x + cos, y], -1)
+    grid = F.affine_grid(torch.stack([first, second], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images - 1, grid.to(images.dtype), padding_mode="zeros", align_corners=False) + 1  # zeros are white
+
+
+def _texture(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    if not settings.texture:
+        return images
+    b, _, h, w = images.shape
+    device = images.device
+    tiles = 2 ** torch.randint(1, 4, (b, 1), generator=generator, device=generator.device).to(device)  # per side
+    order = torch.rand(b, 64, generator=generator, device=generator.device).to(device)
+    place = torch.arange(64, device=device)
+    order = order.masked_fill(place >= tiles**2, 2).argsort(1)  # [b, 64] a permutation of the first tiles**2
+    turn = torch.randint(0, 2, (3, b, 1, 1), generator=generator, device=generator.device).to(device).bool()
+    y, x = torch.arange(h, device=device)[None, :, None], torch.arange(w, device=device)[None, None, :]
+    tile_h, tile_w = h // tiles[:, :, None], w // tiles[:, :, None]
+    row, column = (y // tile_h).clamp(max=7), (x // tile_w).clamp(max=7)
+    source = order.gather(1, (row * tiles[:, :, None] + column).flatten(1).clamp(max=63)).view(b, h, w)
+    from_y = source // tiles[:, :, None] * tile_h + y % tile_h
+    from_x = source % tiles[:, :, None] * tile_w + x % tile_w
+    from_y, from_x = torch.where(turn[0], h - 1 - from_y, from_y), torch.where(turn[1], w - 1 - from_x, from_x)
+    if h == w:
+        from_y, from_x = torch.where(turn[2], from_x, from_y), torch.where(turn[2], from_y, from_x)
+    shuffled = images.flatten(2).gather(2, (from_y * w + from_x).view(b, 1, h * w).expand(b, 3, h * w)).view_as(images)
+    return torch.where(_chosen(b, settings.texture, images, generator), shuffled, images)
+
+
+def _outline(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    if not settings.outline:
+        return images
+    b, _, h, w = images.shape
+    padded = F.pad(_luma(images), (1, 1, 1, 1), mode="replicate")
+    dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    strength = 2 + 4 * torch.rand(b, generator=generator, device=generator.device).to(images).view(b, 1, 1, 1)
+    lines = (1 - strength * (dx.abs() + dy.abs())).clamp(0, 1).expand(b, 3, h, w)
+    return torch.where(_chosen(b, settings.outline, images, generator), lines, images)
+
+
+def _colour(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    if not (settings.brightness or settings.contrast or settings.saturation or settings.hue or settings.grey):
+        return images
+    b = images.shape[0]
+    column = (b, 1, 1, 1)
+    images = images * (1 + _uniform(b, settings.brightness, images, generator)).view(column)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (1 + _uniform(b, settings.contrast, images, generator)).view(column)
+    luma = _luma(images)
+    chroma = images - luma
+    angle = _uniform(b, 2 * math.pi * settings.hue, images, generator).view(column)
+    # a turn of the chroma around the grey axis (Rodrigues' formula)
+    crossed = torch.stack([chroma[:, 2] - chroma[:, 1], chroma[:, 0] - chroma[:, 2], chroma[:, 1] - chroma[:, 0]], 1) / math.sqrt(3)
+    chroma = chroma * angle.cos() + crossed * angle.sin()
+    saturation = (1 + _uniform(b, settings.saturation, images, generator)).view(column)
+    saturation = saturation.masked_fill(_chosen(b, settings.grey, images, generator), 0)
+    return (luma + chroma * saturation).clamp(0, 1)
+
+
+def _erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    b, _, h, w = images.shape
+    random = torch.rand(b, 8, generator=generator, device=generator.device).to(images)
+    top, left = random[:, 0] * h, random[:, 1] * w
+    height, width = random[:, 2] * h / 3, random[:, 3] * w / 3
+    rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+    in_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
+    erased = in_rows[:, :, None] & in_columns[:, None, :] & (random[:, 4] < probability)[:, None, None]
+    return torch.where(erased[:, None], random[:, 5:8, None, None], images)
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8 images as fp32 in [0, 1]."""
+    return pixels.float() / 255
+
+
+def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """(images - mean) / std per channel; images: [b, 3, h, w] in [0, 1]."""
+    return (images - images.new_tensor(mean).view(1, 3, 1, 1)) / images.new_tensor(std).view(1, 3, 1, 1)

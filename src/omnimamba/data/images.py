@@ -1,0 +1,105 @@
+"""Where the images of a data set come from: Parquet files, or a folder of image files.
+
+Both give images by name as uint8 tensors of one size. `InMemoryImages` holds a small set decoded (128 px: 49 kB an image), so
+that a GPU never waits for a decoder; `LazyImages` decodes on demand in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from omnimamba.processor.image import center_square, load_image, resize_naive
+
+IMAGE_COLUMN = "image"
+RESIZE: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "crop": center_square,  # for the VQ tokenizer
+    "naive": resize_naive,  # for the vision towers: the whole image, aspect ratio given up
+}
+
+
+def parquet_files(folder: str | Path, split: str) -> list[Path]:
+    """The files `{split}-*.parquet` of a folder. ValueError if there are none."""
+    files = sorted(Path(folder).glob(f"{split}-*.parquet"))
+    if not files:
+        raise ValueError(f"{folder}: no {split}-*.parquet files; give a folder with that split")
+    return files
+
+
+def read_parquet_rows(folder: str | Path, split: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """All rows of a split as dicts, images still encoded."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = []
+    for file in parquet_files(folder, split):
+        names = set(pq.read_schema(file).names)
+        if missing := set(columns or ()) - names:
+            raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; it has {', '.join(sorted(names))}")
+        rows += pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
+    return rows
+
+
+class LazyImages:
+    """Images decoded when asked for. `read` gives the encoded bytes or path of a name; `resize` is a key of RESIZE."""
+
+    def __init__(
+        self, names: Sequence[str], read: Callable[[str], bytes | Path], size: int, *, resize: str = "crop", num_threads: int = 8
+    ) -> None:
+        self.names, self.read, self.size, self.resize = list(names), read, size, RESIZE[resize]
+        self.position = {name: i for i, name in enumerate(self.names)}
+        self.pool = ThreadPoolExecutor(num_threads)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def get(self, idx: Sequence[int]) -> Tensor:
+        """uint8 [b, 3, size, size] of the images at these positions."""
+        return torch.stack(list(self.pool.map(self.decode, idx)))
+
+    def decode(self, i: int) -> Tensor:
+        name = self.names[i]
+        try:
+            image = load_image(self.read(name))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"image {name!r}: {error}") from None
+        return torch.from_numpy(np.array(self.resize(image, self.size))).permute(2, 0, 1)
+
+
+class InMemoryImages:
+    """All images of a set as one uint8 tensor [n, 3, size, size] on `device`."""
+
+    def __init__(self, lazy: LazyImages, device: torch.device | str = "cpu") -> None:
+        self.names, self.position, self.size = lazy.names, lazy.position, lazy.size
+        self.pixels = lazy.get(range(len(lazy))).to(device)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def get(self, idx: Sequence[int]) -> Tensor:
+        return self.pixels[torch.as_tensor(idx, device=self.pixels.device)]
+
+
+Images = LazyImages | InMemoryImages
+
+
+def open_parquet_images(folder: str | Path, split: str, size: int, *, resize: str = "crop", num_threads: int = 8) -> LazyImages:
+    """The images of `{split}-*.parquet`, named by the column `id`."""
+    rows = read_parquet_rows(folder, split, ["id", IMAGE_COLUMN])
+    encoded = {row["id"]: row[IMAGE_COLUMN]["bytes"] for row in rows}
+    return LazyImages(list(encoded), encoded.__getitem__, size, resize=resize, num_threads=num_threads)
+
+
+def open_folder_images(folder: str | Path, names: Sequence[str], size: int, *, resize: str = "crop", num_threads: int = 8) -> LazyImages:
+    """Image files below a folder, named by their relative path. ValueError names the first files that are missing."""
+    root = Path(folder)
+    names = list(dict.fromkeys(names))
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise ValueError(f"{root}: {len(missing)} of {len(names)} images are missing, e.g. {', '.join(missing[:3])}")
+    return LazyImages(names, lambda name: root / name, size, resize=resize, num_threads=num_threads)

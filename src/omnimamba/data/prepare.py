@@ -1,0 +1,82 @@
+"""What is made once before training: a text tokenizer, and the VQ ids of the images that are to be painted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from omnimamba.config import EOS_TOKEN
+from omnimamba.data.images import Images, open_parquet_images
+from omnimamba.model.vq import VQModel
+
+OnProgress = Callable[[int, int], None]
+"""(images done, images in all)"""
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer like that of gpt-neox-20b: eos is id 0, every byte is a token, no text is unknown.
+
+    Raises ValueError if the texts are too few to fill the vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(EOS_TOKEN, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(f"the texts give {tokenizer.get_vocab_size()} tokens, {vocab_size} are wanted; add texts or lower the vocabulary")
+    return tokenizer
+
+
+@torch.no_grad()
+def image_ids(vq: VQModel, images: Images, *, batch: int = 64, on_progress: OnProgress | None = None) -> Tensor:
+    """VQ ids [n, k] int32 of all images, row-major, on the CPU. The images are squares of the tokenizer's size."""
+    device, rows = next(vq.parameters()).device, []
+    for start in range(0, len(images), batch):
+        pixels = images.get(range(start, min(start + batch, len(images)))).to(device)
+        rows.append(vq.encode(pixels.float() / 127.5 - 1).ids.flatten(1).int().cpu())
+        if on_progress is not None:
+            on_progress(min(start + batch, len(images)), len(images))
+    return torch.cat(rows) if rows else torch.empty(0, vq.config.num_image_tokens, dtype=torch.int32)
+
+
+def tokenize_images(
+    folder: str | Path, split: str, out: str | Path, *, vq: VQModel, batch: int = 64, on_progress: OnProgress | None = None
+) -> int:
+    """Writes the VQ ids of a Parquet split to `out`, columns `id` and `tokens`, whole or not at all; returns the number of images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = open_parquet_images(folder, split, vq.config.image_size)
+    ids = image_ids(vq, images, batch=batch, on_progress=on_progress)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".tmp")
+    pq.write_table(pa.table({"id": images.names, "tokens": pa.array(ids.numpy().tolist(), pa.list_(pa.int32()))}), partial)
+    os.replace(partial, out)
+    return len(images)
+
+
+def read_image_ids(file: str | Path, num_image_tokens: int, codebook_size: int) -> dict[str, Tensor]:
+    """VQ ids [k] by image, of a file that `tokenize_images` wrote. ValueError if they are not a model's of these sizes."""
+    import pyarrow.parquet as pq
+
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file; make it with `omnimamba tokenize`")
+    table = pq.read_table(file, columns=["id", "tokens"])
+    ids = torch.tensor(table["tokens"].to_pylist(), dtype=torch.int32)
+    if ids.ndim != 2 or ids.shape[1] != num_image_tokens or int(ids.max()) >= codebook_size:
+        raise ValueError(
+            f"{file}: ids of shape {list(ids.shape)} up to {int(ids.max())}, but the model paints {num_image_tokens} ids below {codebook_size}"
+        )
+    return dict(zip(table["id"].to_pylist(), ids, strict=True))

@@ -1,0 +1,285 @@
+"""Recipes: TOML files with one section per concern, checked before anything is built.
+
+`kind` says what is trained: `tokenizer` (text), `vq` (image tokenizer), `tower` (understanding encoder, contrastively) or `omnimamba`
+(a stage of the language model).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omnimamba.config import PRESETS, build, nearest_name
+from omnimamba.data.augment import Augmentation
+from omnimamba.train.stages import PRESETS_WITHOUT_PRETRAINED_BACKBONE, STAGES
+
+KINDS = ("tokenizer", "vq", "tower", "omnimamba")
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Where the weights before the first step come from; empty means random (for towers and VQ: not needed by this recipe)."""
+
+    model: str = ""
+    """A model folder (for a tower: the folder of a finished tower): the result of one earlier stage."""
+    mmu: str = ""
+    t2i: str = ""
+    """Two model folders, the results of both stage 1 runs, merged (see `stages.merge_stage1`)."""
+    shared: str = ""
+    """Which of the two gives what both hold, if they differ: `mmu` or `t2i`."""
+    backbone: str = ""
+    """A Mamba-2 language model in mamba_ssm's format (file, folder or Hub id), e.g. `state-spaces/mamba2-1.3b`."""
+    vision: str = ""
+    """`vision.safetensors` of the frozen towers."""
+    vq: str = ""
+    """`vq.safetensors` of the frozen image tokenizer; for kind vq, the weights to start from."""
+    tokenizer: str = ""
+    """`tokenizer.json` of the base text tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    folder: str = ""
+    """Root of all relative names below."""
+    images: str = "parquet"
+    """`parquet`: files `{split}-*.parquet` with columns id and image; `folder`: image files by relative path."""
+    captions: str = ""
+    """Caption file; `{split}` is replaced."""
+    conversations: str = ""
+    """Conversation file in LLaVA's format; `{split}` is replaced."""
+    joined: float = 0.0
+    """Share of images that get one sample more, of all that is asked about them: practice in longer conversations."""
+    alignment: bool = False
+    """Use only the first answer of a conversation, without its question (LLaVA's alignment stage)."""
+    tokens: str = ""
+    """Parquet of VQ ids made by `omnimamba tokenize`, `{split}` is replaced; empty: the images are tokenised by init.vq at the start."""
+    train_split: str = "train"
+    val_split: str = ""
+    """Empty: no validation."""
+    in_memory: bool = False
+    num_threads: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = 0
+    lr: float = 0.0
+    stage: str = ""
+    """For kind omnimamba: a row of `stages.STAGES`."""
+    mmu_batch: int = 0
+    t2i_batch: int = 0
+    batch: int = 0
+    """For kinds vq and tower."""
+    warmup: int = 0
+    min_lr_ratio: float = 0.01
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    precision: str = "bf16"
+    """Autocast type: `bf16` or `fp32`; weights and optimizer stay fp32."""
+    train_backbone: bool = False
+    """In a stage 1, train backbone and text embedding too: for models without a pretrained language model."""
+    caption_dropout: float = 0.0
+    """Share of captions replaced by the null prompt, which makes classifier-free guidance possible."""
+    max_text_tokens: int = 449
+    """Longest question-and-answer text of an understanding sample (449 in the authors' code)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is sampled, validated and exported; 0 is off."""
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    val_every: int = 0
+    sample_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "keep_checkpoints", "max_text_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} is not positive")
+        for name in (
+            "steps",
+            "lr",
+            "mmu_batch",
+            "t2i_batch",
+            "batch",
+            "warmup",
+            "weight_decay",
+            "grad_clip",
+            "val_every",
+            "sample_every",
+            "save_every",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} is negative")
+        for name in ("caption_dropout", "ema", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} is outside [0, 1]")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"train.precision={self.precision!r}; valid: bf16, fp32")
+
+
+@dataclasses.dataclass(frozen=True)
+class VQTraining:
+    """Loss weights of the image tokenizer (names as in LlamaGen, arXiv:2406.06525, section 2.1)."""
+
+    decoder_only: bool = False
+    """Freeze encoder and codebook: images are painted better, and the ids that a model has learned stay what they are."""
+    l1: float = 1.0
+    l2: float = 1.0
+    codebook: float = 1.0
+    commitment: float = 0.25
+    entropy: float = 0.0
+    discriminator: float = 0.0
+    discriminator_start: int = 0
+    perceptual: float = 0.0
+    """Weight of the distance in the features of the tower named by init.vision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerTraining:
+    """Contrastive training against all texts of each label column (see `tower.py`)."""
+
+    labels: dict[str, float] = dataclasses.field(default_factory=lambda: {"caption": 1.0})
+    """Text columns of the Parquet files and the weights of their losses."""
+    plain_share: float = 0.0
+    """Share of each batch that gets the changes of [augment_plain] instead of [augment], and no mixup."""
+    texture_share: float = 0.0
+    """Share of each batch that is cut into tiles and shuffled, for `texture_labels` alone."""
+    texture_labels: tuple[str, ...] = ()
+    """Columns that say how an image is drawn, not what it shows. Learned on plain and texture images: changes of colour destroy
+    them, and from whole drawings a network learns them by heart."""
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    """Parameter of the Beta distribution that images are blended by (Zhang et al. 2018, arXiv:1710.09412); 0 is off."""
+    embedding_dim: int = 192
+    text_width: int = 96
+
+    def __post_init__(self) -> None:
+        for name in ("plain_share", "texture_share", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"tower.{name}={getattr(self, name)} is outside [0, 1]")
+        if self.plain_share + self.texture_share > 1:
+            raise ValueError(f"tower.plain_share + tower.texture_share = {self.plain_share + self.texture_share} exceeds 1")
+        if stray := set(self.texture_labels) - set(self.labels):
+            raise ValueError(f"tower.texture_labels names {', '.join(sorted(stray))}, not in tower.labels; valid: {', '.join(self.labels)}")
+        if self.texture_labels and not self.plain_share + self.texture_share:
+            raise ValueError("tower.texture_labels needs images to learn from: set tower.texture_share or tower.plain_share above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What is painted and described during training, with the settings of inference."""
+
+    prompts: tuple[str, ...] = ()
+    num_images: int = 8
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    kind: str
+    preset: str
+    train: Train = Train()
+    init: Init = Init()
+    data: Data = Data()
+    augment: Augmentation = Augmentation()
+    augment_plain: Augmentation = Augmentation()
+    """For the plain images of tower training."""
+    vq: VQTraining = VQTraining()
+    tower: TowerTraining = TowerTraining()
+    samples: Samples = Samples()
+    out: str = ""
+    """Run folder; by default runs/ and the recipe's name."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}; {nearest_name(self.kind, KINDS)}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}; {nearest_name(self.preset, PRESETS)}")
+        if self.kind == "tokenizer":
+            return
+        for name in ("steps", "lr"):
+            if getattr(self.train, name) <= 0:
+                raise ValueError(f"train.{name}={getattr(self.train, name)} is not positive")
+        if self.kind == "omnimamba":
+            self._check_stage()
+        elif self.train.batch < 1:
+            raise ValueError(f"train.batch={self.train.batch}: a {self.kind} recipe needs a batch of at least 1")
+
+    def _check_stage(self) -> None:
+        train = self.train
+        if train.stage not in STAGES:
+            raise ValueError(f"unknown train.stage {train.stage!r}; {nearest_name(train.stage, STAGES)}")
+        stage = STAGES[train.stage]
+        for task, batch in (("mmu", train.mmu_batch), ("t2i", train.t2i_batch)):
+            if (task in stage.tasks) != (batch > 0):
+                raise ValueError(f"train.{task}_batch={batch}, but {train.stage} trains {' and '.join(stage.tasks)}")
+        if train.train_backbone and self.preset not in PRESETS_WITHOUT_PRETRAINED_BACKBONE:
+            raise ValueError(f"train.train_backbone=true is for presets without a pretrained backbone, not for {self.preset}")
+        if bool(self.init.mmu) != bool(self.init.t2i):
+            raise ValueError("init.mmu and init.t2i belong together: name both stage 1 results")
+        if "t2i" in stage.tasks and not self.data.captions:
+            raise ValueError(f"{train.stage} paints: name data.captions")
+        if "t2i" in stage.tasks and not (self.data.tokens or self.init.vq):
+            raise ValueError(f"{train.stage} paints: name data.tokens (made by `omnimamba tokenize`), or init.vq to tokenise at the start")
+        if "mmu" in stage.tasks and not self.data.conversations:
+            raise ValueError(f"{train.stage} reads images: name data.conversations")
+
+
+SECTIONS: dict[str, type] = {
+    "train": Train,
+    "init": Init,
+    "data": Data,
+    "augment": Augmentation,
+    "augment_plain": Augmentation,
+    "vq": VQTraining,
+    "tower": TowerTraining,
+    "samples": Samples,
+}
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file with `section.key=value` overrides. ValueError for anything that is not a valid recipe."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML recipe ({error})") from None
+    for override in overrides:
+        apply_override(values, override)
+    for section, cls in SECTIONS.items():
+        if section in values:
+            if not isinstance(values[section], dict):
+                raise ValueError(f"{path}: {section} must be a section, [{section}]")
+            values[section] = build(cls, values[section], f"[{section}]")
+    if missing := [key for key in ("kind", "preset") if key not in values]:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    values.setdefault("out", f"runs/{path.parent.name}/{path.stem}")
+    return build(Recipe, values, str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets `section.key=value` in place; the value is read as TOML, else as a string."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ValueError(f"override {override!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {section} is not a section")
+    values[key] = value
