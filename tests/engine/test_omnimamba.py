@@ -1,12 +1,11 @@
 """The user's class: captions to images, images to text, conversations, defaults and errors."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
 
+from omnimamba.config import Task
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba, resolve_device, resolve_dtype
 from omnimamba.engine.request import Request, SamplingParams
 
@@ -222,11 +221,9 @@ def test_a_conversation_is_one_prompt(omni, tokenizer):
     positions = [position for _, position in read]
     assert positions == sorted(positions) and read[0][0] is None
     engine = omni.engine
-    tokens = [
-        sample
-        for sample in engine.run([Request(Task.MMU, omni._first_turn("what is this?"), sampling=SamplingParams(0, max_new_tokens=6))])[0]
-    ]
-    assert tokenizer.decode(tokens[0].tokens).strip() == conversation.messages[1][1]
+    request = Request(Task.MMU, omni._first_turn("what is this?"), sampling=SamplingParams(0, max_new_tokens=6))
+    (sample,) = engine.run([request])[0]
+    assert tokenizer.decode(sample.tokens).strip() == conversation.messages[1][1]
 
 
 def test_saved_conversations_go_on(omni, picture, tmp_path):

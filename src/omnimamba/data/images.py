@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from omnimamba.model.files import one_line
 from omnimamba.processor.image import center_square, load_image, resize_naive
 
 IMAGE_COLUMN = "image"
@@ -35,15 +36,28 @@ def parquet_files(folder: str | Path, split: str) -> list[Path]:
 
 def read_parquet_rows(folder: str | Path, split: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """All rows of a split as dicts, images still encoded."""
-    import pyarrow.parquet as pq
+    return [row for file in parquet_files(folder, split) for row in read_rows(file, columns)]
 
-    rows: list[dict[str, Any]] = []
-    for file in parquet_files(folder, split):
+
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of one Parquet file. ValueError if it is damaged or lacks a column."""
+    pq = pyarrow_parquet()
+    try:
         names = set(pq.read_schema(file).names)
-        if missing := set(columns or ()) - names:
-            raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; it has {', '.join(sorted(names))}")
-        rows += pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
-    return rows
+        if not (missing := set(columns or ()) - names):
+            return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(f"{file}: not a whole Parquet file ({one_line(error)})") from None
+    raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; it has {', '.join(sorted(names))}")
+
+
+def pyarrow_parquet() -> Any:
+    """The module pyarrow.parquet. ValueError if it is not installed: it is no dependency of those who only use a model."""
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise ValueError("Parquet files need pyarrow; `pip install 'omnimamba[train]'` installs it") from None
+    return pyarrow.parquet
 
 
 class LazyImages:
@@ -61,6 +75,8 @@ class LazyImages:
 
     def get(self, idx: Sequence[int]) -> Tensor:
         """uint8 [b, 3, size, size] of the images at these positions."""
+        if not len(idx):
+            return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return torch.stack(list(self.pool.map(self.decode, idx)))
 
     def decode(self, i: int) -> Tensor:
@@ -92,7 +108,12 @@ Images = LazyImages | InMemoryImages
 def open_parquet_images(folder: str | Path, split: str, size: int, *, resize: str = "crop", num_threads: int = 8) -> LazyImages:
     """The images of `{split}-*.parquet`, named by the column `id`."""
     rows = read_parquet_rows(folder, split, ["id", IMAGE_COLUMN])
-    encoded = {row["id"]: row[IMAGE_COLUMN]["bytes"] for row in rows}
+    try:
+        encoded: dict[str, bytes] = {row["id"]: row[IMAGE_COLUMN]["bytes"] for row in rows}
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}: column {IMAGE_COLUMN} of {split} is not a struct with the `bytes` of each image") from None
+    if len(encoded) < len(rows):
+        raise ValueError(f"{folder}: {len(rows) - len(encoded)} rows of {split} repeat an id; make the ids unique")
     return LazyImages(list(encoded), encoded.__getitem__, size, resize=resize, num_threads=num_threads)
 
 

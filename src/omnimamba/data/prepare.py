@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from omnimamba.config import EOS_TOKEN
-from omnimamba.data.images import Images, open_parquet_images
+from omnimamba.data.images import Images, open_parquet_images, pyarrow_parquet, read_rows
+from omnimamba.model.files import whole_file
 from omnimamba.model.vq import VQModel
 
 OnProgress = Callable[[int, int], None]
@@ -54,29 +54,29 @@ def tokenize_images(
     folder: str | Path, split: str, out: str | Path, *, vq: VQModel, batch: int = 64, on_progress: OnProgress | None = None
 ) -> int:
     """Writes the VQ ids of a Parquet split to `out`, columns `id` and `tokens`, whole or not at all; returns the number of images."""
+    pq = pyarrow_parquet()
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     images = open_parquet_images(folder, split, vq.config.image_size)
     ids = image_ids(vq, images, batch=batch, on_progress=on_progress)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".tmp")
-    pq.write_table(pa.table({"id": images.names, "tokens": pa.array(ids.numpy().tolist(), pa.list_(pa.int32()))}), partial)
-    os.replace(partial, out)
+    table = pa.table({"id": images.names, "tokens": pa.array(ids.numpy().tolist(), pa.list_(pa.int32()))})
+    with whole_file(Path(out)) as partial:
+        pq.write_table(table, partial)
     return len(images)
 
 
 def read_image_ids(file: str | Path, num_image_tokens: int, codebook_size: int) -> dict[str, Tensor]:
     """VQ ids [k] by image, of a file that `tokenize_images` wrote. ValueError if they are not a model's of these sizes."""
-    import pyarrow.parquet as pq
-
-    if not Path(file).is_file():
+    file = Path(file)
+    if not file.is_file():
         raise ValueError(f"{file}: no such file; make it with `omnimamba tokenize`")
-    table = pq.read_table(file, columns=["id", "tokens"])
-    ids = torch.tensor(table["tokens"].to_pylist(), dtype=torch.int32)
-    if ids.ndim != 2 or ids.shape[1] != num_image_tokens or int(ids.max()) >= codebook_size:
-        raise ValueError(
-            f"{file}: ids of shape {list(ids.shape)} up to {int(ids.max())}, but the model paints {num_image_tokens} ids below {codebook_size}"
-        )
-    return dict(zip(table["id"].to_pylist(), ids, strict=True))
+    rows = read_rows(file, ["id", "tokens"])
+    for row in rows:
+        tokens = row["tokens"]
+        if not tokens or len(tokens) != num_image_tokens or not 0 <= min(tokens) <= max(tokens) < codebook_size:
+            found = f"{len(tokens)} ids from {min(tokens)} to {max(tokens)}" if tokens else "no ids"
+            raise ValueError(
+                f"{file}: {row['id']} has {found}, but the model paints {num_image_tokens} ids below {codebook_size}; "
+                "tokenize the images with the VQ tokenizer of this model"
+            )
+    return {row["id"]: torch.tensor(row["tokens"], dtype=torch.int32) for row in rows}

@@ -64,7 +64,8 @@ class Objective(Protocol):
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Short hash of what fixes the course of a run; the number of steps, reports and the run folder do not count."""
     values = dataclasses.asdict(recipe)
-    values.pop("out"), values.pop("samples")
+    for key in ("out", "samples"):
+        values.pop(key)
     for key in ("steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints", "compile"):
         values["train"].pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from omnimamba.data.text import Conversation, read_captions, read_conversations
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.model import weights
 from omnimamba.model.files import TensorFile
+from omnimamba.model.mamba2 import Mamba2Block
 from omnimamba.model.omnimamba import IGNORE_INDEX, OmniMambaModel
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
@@ -108,7 +109,8 @@ class UnderstandingData:
         for row, (_, row_labels, _) in enumerate(samples):
             labels[row, : len(row_labels)] = torch.tensor(row_labels)
         image_rows = [row for row, (_, _, image) in enumerate(samples) if image is not None]
-        pixels = self.images.get([self.images.position[samples[row][2]] for row in image_rows]) if image_rows else None
+        images = [image for _, _, image in samples if image is not None]
+        pixels = self.images.get([self.images.position[image] for image in images]) if images else None
         return MMUBatch(ids, labels, pixels, torch.tensor(image_rows))
 
 
@@ -198,6 +200,7 @@ class OmniMambaObjective:
                 self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device)
         if train.compile:
             for block in self.model.backbone.layers:
+                assert isinstance(block, Mamba2Block)
                 block.mixer.compile()
 
     def summary(self) -> str:

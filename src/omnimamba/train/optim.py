@@ -49,7 +49,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), [tensor.data for tensor in self.tensors.values()], 1 - decay)
+        tensors = [tensor.data for tensor in self.tensors.values()]
+        torch._foreach_lerp_(list(self.averages.values()), tensors, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def swap(self) -> None:
         """Exchanges averages and tensors in place; call it twice around a validation."""

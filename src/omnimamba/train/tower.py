@@ -90,7 +90,7 @@ class TowerObjective:
             start = Judge.load(Path(recipe.init.model))
             self.tower.vision.load_state_dict(start.vision.state_dict())
             heads.load_state_dict(start.heads.state_dict())
-        self.tower.to(device, memory_format=torch.channels_last)
+        self.tower.to(device).to(memory_format=torch.channels_last)
         self.players: dict[str, nn.Module] = {"tower": self.tower}
         self.sampler = EpochSampler(len(self.train_set.images), recipe.train.batch, recipe.train.seed)
 

@@ -39,7 +39,7 @@ class VQObjective:
         self.vq = VQModel(self.config.vq)
         if recipe.init.vq:
             self.vq.load_state_dict(load_file(recipe.init.vq))
-        self.vq.to(device, memory_format=torch.channels_last)
+        self.vq.to(device).to(memory_format=torch.channels_last)
         if recipe.vq.decoder_only:
             for part in (self.vq.encoder, self.vq.quant_conv, self.vq.quantize):
                 part.requires_grad_(False)
@@ -49,7 +49,7 @@ class VQObjective:
         self.players: dict[str, nn.Module] = {"vq": self.vq}
         self.discriminator = None
         if recipe.vq.discriminator:
-            self.discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+            self.discriminator = PatchDiscriminator().to(device).to(memory_format=torch.channels_last)
             self.players["discriminator"] = self.discriminator
         self.perceptual_towers = self._load_perceptual_towers() if recipe.vq.perceptual else None
         if recipe.train.compile:
