@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimamba.ops.plain_path import announce_plain_path
+from omnimamba.ops.plain_path import announce_plain_path, runs_kernel
 
 
 def causal_conv1d(
@@ -18,7 +18,17 @@ def causal_conv1d(
     x: [b, l, c]; weight: [c, w]; bias: [c]; initial_state: [b, c, w]; lengths: [b] valid inputs of right-padded rows.
     Returns y [b, l, c] and the new state [b, c, w]; `initial_state` is not changed.
     """
-    announce_plain_path(x.device)
+    if runs_kernel(x):
+        from omnimamba.ops.triton import conv as kernel  # Triton need not be installed
+
+        return kernel.causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
+    return plain_causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
+
+
+def plain_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, initial_state: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition of `causal_conv1d`."""
     b, l, c = x.shape
     w = weight.shape[1]
     past = x.new_zeros(b, w, c) if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)

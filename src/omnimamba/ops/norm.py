@@ -4,12 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omnimamba.ops.plain_path import runs_kernel
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, computed in fp32, returned in `weight`'s dtype.
 
     x: [..., d]; weight: [d].
     """
+    if runs_kernel(x):
+        from omnimamba.ops.triton import norm as kernel  # Triton need not be installed
+
+        return kernel.rms_norm(x, weight, eps)
+    return plain_rms_norm(x, weight, eps)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition of `rms_norm`."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
 
 
@@ -18,6 +29,15 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_grou
 
     y, z: [..., d]; weight: [d].
     """
+    if runs_kernel(y):
+        from omnimamba.ops.triton import norm as kernel
+
+        return kernel.gated_rms_norm(y, z, weight, eps, num_groups=num_groups)
+    return plain_gated_rms_norm(y, z, weight, eps, num_groups=num_groups)
+
+
+def plain_gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_groups: int = 1) -> Tensor:
+    """The definition of `gated_rms_norm`."""
     gated = (y.float() * F.silu(z.float())).unflatten(-1, (num_groups, -1))
     return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(weight.dtype)
 

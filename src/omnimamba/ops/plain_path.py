@@ -1,11 +1,41 @@
-"""One announcement when an operator runs its plain PyTorch definition on a CUDA device."""
+"""Which way an operator runs, its Triton kernel or its plain PyTorch definition, and one announcement where the plain way surprises."""
 
 import functools
+import importlib.util
 import logging
+import os
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("omnimamba.ops")
+
+KERNELS_DEFAULT = "0"  # "1" once benchmarks/ops.py has passed on a GPU: the kernels have run in Triton's interpreter only
+
+
+@functools.cache
+def missing_for_kernels() -> str | None:
+    """Why the kernels of training and prefill do not run in this process; None where they do.
+
+    The environment variable OMNIMAMBA_KERNELS turns them on (1) and off (0). Off is the default: they have not been measured on a GPU
+    yet.
+    """
+    switch = os.environ.get("OMNIMAMBA_KERNELS", KERNELS_DEFAULT)
+    if switch not in ("0", "1"):
+        raise ValueError(f"OMNIMAMBA_KERNELS={switch!r}: set it to 1 (Triton kernels) or 0 (plain PyTorch)")
+    if switch == "0":
+        return "OMNIMAMBA_KERNELS=1 turns the fused kernels of training and prefill on"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether the operator's kernel computes this call. Where the plain path runs on a GPU instead, says so once per process."""
+    if not x.is_cuda or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    reason = missing_for_kernels()
+    if reason:
+        announce_plain_path(x.device, reason)
+    return reason is None
 
 
 @functools.cache
@@ -13,7 +43,7 @@ def _announce(reason: str) -> None:
     logger.warning("sequence operators run as plain PyTorch on CUDA (%s): correct, but slower than fused kernels", reason)
 
 
-def announce_plain_path(device: torch.device) -> None:
-    """Logs once per process that the plain path runs on a GPU; says nothing on CPU and MPS, where it is the product path."""
+def announce_plain_path(device: torch.device, reason: str = "decoding has no fused kernels in this version") -> None:
+    """Logs once per process and reason that the plain path runs on a GPU; says nothing on CPU and MPS, where it is the product path."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        _announce("this version has no fused kernels")
+        _announce(reason)

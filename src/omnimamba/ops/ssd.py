@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimamba.ops.plain_path import announce_plain_path
+from omnimamba.ops.plain_path import announce_plain_path, runs_kernel
 
 
 def ssd_chunk_scan(
@@ -30,9 +30,28 @@ def ssd_chunk_scan(
     x: [b, l, h, p]; dt: [b, l, h] fp32; A, D: [h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n], not changed.
     Returns y [b, l, h, p] in x's dtype and the final state [b, h, p, n] in fp32.
 
-    Inside a chunk of q positions the recurrence is a masked (q, q) matrix product; between chunks only states travel.
+    Inside a chunk of q positions the recurrence is a masked (q, q) matrix product; between chunks only states travel. `chunk_size` changes
+    the rounding and nothing else; the kernel takes its chunks from its launch table.
     """
-    announce_plain_path(x.device)
+    if runs_kernel(x) and x.shape[3] <= 128 and B.shape[3] <= 256:  # larger tiles than these have never been compiled
+        from omnimamba.ops.triton import ssd as kernel  # Triton need not be installed
+
+        return kernel.ssd_chunk_scan(x, dt, A, B, C, D=D, initial_state=initial_state)
+    return plain_ssd_chunk_scan(x, dt, A, B, C, D=D, chunk_size=chunk_size, initial_state=initial_state)
+
+
+def plain_ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `ssd_chunk_scan`."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     state = x.new_zeros(b, h, p, n, dtype=torch.float32) if initial_state is None else initial_state.float()

@@ -1,0 +1,76 @@
+"""Every launch choice of the kernels, in one table; nothing is tuned at run time.
+
+The values follow from register and shared-memory use as the compiler reports them for compute capability 9.0. They have not been timed yet:
+change one after `benchmarks/ops.py` says so.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+
+class Launch(NamedTuple):
+    rows: int  # sequence positions (or rows of a norm) that one tile holds
+    columns: int  # channels of one tile; 0 where the tile holds a whole row
+    num_warps: int
+    num_stages: int
+
+
+# Kernel: (largest width, choice), the first row that is wide enough counts. The width is what the caller of `launch` passes.
+LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
+    # width: channels
+    "conv_forward": ((torch.inf, Launch(32, 128, num_warps=8, num_stages=1)),),
+    "conv_backward": ((torch.inf, Launch(32, 128, num_warps=8, num_stages=1)),),
+    # width: channels of one group; the rows are those of a tile of about 4096 numbers
+    "norm_forward": (
+        (256, Launch(16, 0, num_warps=4, num_stages=1)),
+        (512, Launch(8, 0, num_warps=4, num_stages=1)),
+        (1024, Launch(4, 0, num_warps=4, num_stages=1)),
+        (2048, Launch(2, 0, num_warps=8, num_stages=1)),
+        (torch.inf, Launch(1, 0, num_warps=8, num_stages=1)),
+    ),
+    "norm_backward": (
+        (256, Launch(8, 0, num_warps=4, num_stages=1)),
+        (512, Launch(4, 0, num_warps=4, num_stages=1)),
+        (1024, Launch(2, 0, num_warps=4, num_stages=1)),
+        (torch.inf, Launch(1, 0, num_warps=8, num_stages=1)),
+    ),
+    # width: d_state; the rows are the positions of a chunk. The bound is registers: all tiles of a chunk are alive at once.
+    "ssd_forward": (
+        (64, Launch(64, 0, num_warps=4, num_stages=2)),
+        (torch.inf, Launch(32, 0, num_warps=4, num_stages=2)),
+    ),
+    "ssd_states": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=2)),),  # its rows are those of the backward kernel
+    "ssd_backward": (
+        (64, Launch(32, 0, num_warps=4, num_stages=1)),
+        (torch.inf, Launch(32, 0, num_warps=8, num_stages=1)),
+    ),
+    # fp32 products run on the FMA units, whose operands are in registers too
+    "ssd_forward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
+    "ssd_states_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),
+    "ssd_backward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
+}
+
+# Enough programs to fill a GPU of 132 multiprocessors: work is split further (heads over programs, headdim over programs) below these.
+FULL_GRID = 264
+# Programs of the norm's backward; each holds one partial sum of the weight's gradient.
+NORM_PROGRAMS = 528
+
+
+def launch(kernel: str, width: int) -> Launch:
+    return next(choice for largest, choice in LAUNCHES[kernel] if width <= largest)
+
+
+def tile(size: int) -> int:
+    """The smallest tile edge that holds `size`: a power of two, at least the 16 that a matrix product needs."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of matrix operands: that of the input, but fp32 for bf16 in the interpreter, which multiplies bf16 bits as integers."""
+    if dtype == torch.bfloat16:
+        return tl.float32 if knobs.runtime.interpret else tl.bfloat16
+    return tl.float16 if dtype == torch.float16 else tl.float32

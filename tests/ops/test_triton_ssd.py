@@ -1,0 +1,139 @@
+"""The scan's kernels against its definition."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from omnimamba.ops.ssd import plain_ssd_chunk_scan
+from omnimamba.ops.triton import ssd as kernel
+from omnimamba.ops.triton.launch import LAUNCHES
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def inputs(device, dtype, b, l, *, h=4, p=32, g=1, n=16, has_initial=True):
+    """Step sizes and decays as a mixer starts from, and some ten times larger; x first, whose dtype is the products'."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (b, l, h, p), "B": (b, l, g, n), "C": (b, l, g, n)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors["dt"] = torch.rand((b, l, h), generator=generator).pow(3)
+    tensors["A"] = -(1 + 15 * torch.rand(h, generator=generator))
+    tensors["D"] = torch.randn(h, generator=generator)
+    if has_initial:
+        tensors["initial_state"] = torch.randn((b, h, p, n), generator=generator)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def plain(chunk_size=64):
+    return lambda **tensors: plain_ssd_chunk_scan(**tensors, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize("l", [1, 5, 63, 64, 65, 130])
+def test_outputs_and_gradients(kernel_device, compare, l, g):
+    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1 if l > 65 else 2, l, h=2 * g, g=g))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("l", [5, 130])
+def test_half_precision(kernel_device, compare, l, dtype):
+    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, dtype, 2, l, g=2))
+
+
+@pytest.mark.parametrize(("p", "n"), [(64, 128), (24, 20), (3, 5)])
+def test_sizes(kernel_device, compare, p, n):
+    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1, 37, h=2, p=p, n=n))
+
+
+@pytest.mark.parametrize("chunk_size", [16, 256])
+def test_the_chunk_size_is_only_the_definitions(kernel_device, compare, chunk_size):
+    compare(kernel.ssd_chunk_scan, plain(chunk_size), inputs(kernel_device, torch.float32, 1, 70, h=2))
+
+
+@pytest.mark.parametrize("full_grid", [1, 10**6])
+@pytest.mark.parametrize("g", [1, 2])
+def test_heads_of_a_group_in_one_program_and_in_several(kernel_device, compare, monkeypatch, g, full_grid):
+    monkeypatch.setattr(kernel, "FULL_GRID", full_grid)
+    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1, 37, h=4, g=g))
+
+
+@pytest.mark.parametrize("used", ["y", "state"])
+def test_without_initial_state_and_with_one_output_used(kernel_device, compare, used):
+    def one(op):
+        return lambda **tensors: (op(**tensors)[("y", "state").index(used)],)
+
+    tensors = inputs(kernel_device, torch.float32, 2, 37, h=2, has_initial=False)
+    if used == "state":  # C and D have no part in it: zero gradients, not compared by ratio
+        op = one(kernel.ssd_chunk_scan)
+        C, D = tensors.pop("C"), tensors.pop("D")
+        zeros = {"C": torch.zeros_like(C).requires_grad_(), "D": torch.zeros_like(D).requires_grad_()}
+        op(**tensors, **zeros)[0].sum().backward()
+        assert all(zero.grad is None or not zero.grad.any() for zero in zeros.values())
+        compare(lambda **tensors: op(**tensors, C=C, D=D), lambda **tensors: one(plain())(**tensors, C=C, D=D), tensors)
+    else:
+        compare(one(kernel.ssd_chunk_scan), one(plain()), tensors)
+
+
+def test_unequal_lengths(kernel_device):
+    """dt = 0 in the padding: the state is that after the last valid position."""
+    tensors = inputs(kernel_device, torch.float32, 3, 70, h=2)
+    lengths = [70, 64, 3]
+    for i, length in enumerate(lengths):
+        tensors["dt"][i, length:] = 0
+    y, state = kernel.ssd_chunk_scan(**tensors)
+    for i, length in enumerate(lengths):
+        alone = {
+            name: t if name in "AD" else t[i : i + 1] if name == "initial_state" else t[i : i + 1, :length] for name, t in tensors.items()
+        }
+        alone_y, alone_state = kernel.ssd_chunk_scan(**alone)
+        torch.testing.assert_close(y[i : i + 1, :length], alone_y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state[i : i + 1], alone_state, rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_one_tensor_and_gradient_of_any_layout(kernel_device, compare):
+    def strided(op):
+        def run(x, B, C, **others):
+            (h, p), (g, n) = x.shape[2:], B.shape[2:]
+            packed = torch.cat([C.flatten(2), x.flatten(2), B.flatten(2)], -1)
+            C, x, B = packed.split((g * n, h * p, g * n), -1)
+            y, state = op(x=x.unflatten(-1, (h, p)), B=B.unflatten(-1, (g, n)), C=C.unflatten(-1, (g, n)), **others)
+            return y.transpose(1, 3), state
+
+        return run
+
+    compare(strided(kernel.ssd_chunk_scan), strided(plain()), inputs(kernel_device, torch.float32, 2, 37, h=4, g=2))
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_strong_decays(kernel_device, compare, monkeypatch, rows):
+    """As differences of an fp32 cumulative sum the decays cancel, and the gradient of A is the first to lose its digits."""
+    for name in ("ssd_forward_fp32", "ssd_backward_fp32"):
+        ((width, choice),) = LAUNCHES[name]
+        monkeypatch.setitem(LAUNCHES, name, ((width, choice._replace(rows=rows)),))
+    tensors = inputs(kernel_device, torch.float32, 1, 137, h=2, p=16)
+    tensors["A"] = torch.tensor([-0.01, -40.0], device=kernel_device)
+    tensors["x"] = tensors["x"] + 3
+    tensors["B"] = tensors["C"] = tensors["B"].abs()
+    compare(kernel.ssd_chunk_scan, plain(), tensors)
+
+
+def test_gradients_do_not_depend_on_the_run(kernel_device):
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs(kernel_device, torch.float32, 1, 37, h=2).items()}
+    runs = [torch.autograd.grad(kernel.ssd_chunk_scan(**tensors)[0].sum(), list(tensors.values())) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("b", "l", "sizes"),
+    [
+        (256, 293, {"h": 8, "p": 64, "n": 64}),
+        (512, 47, {"h": 8, "p": 64, "n": 64}),
+        (8, 329, {"h": 64, "p": 64, "n": 128}),
+        (1, 1500, {"h": 64, "p": 64, "n": 128}),
+    ],
+)
+def test_real_sizes(compare, b, l, sizes, dtype):
+    compare(kernel.ssd_chunk_scan, plain(), inputs("cuda", dtype, b, l, **sizes))
