@@ -1,13 +1,17 @@
 """Fixtures shared by all tests: the golden folder and how to compare with it."""
 
 import functools
+import gzip
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -130,3 +134,55 @@ def golden_config(sizes: dict[str, Any]) -> OmniMambaConfig:
         max_caption_tokens=sizes["pos_embed_rows"] - sizes["num_tokens"] - 5,
         mmu_positions=sizes["mmu_pos_embed_rows"],
     )
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training set in the format of the emoji data set: 12 drawings to train, 6 to validate. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("data")
+    write_split(folder, "train", 12)
+    write_split(folder, "val", 6)
+    return folder
+
+
+COLOURS = ("red", "blue", "green", "black")
+SHAPES = ("circle", "square", "line")
+
+
+def write_split(folder: Path, split: str, num: int) -> None:
+    """Drawings in one or two Parquet files, captions as JSON lines, questions packed; some of these are about no image."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, captions, conversations = [], [], []
+    for i in range(num):
+        colour, shape = COLOURS[i % 4], SHAPES[i % 3]
+        name, caption = f"{split}-{i}", f"{colour} {shape}"
+        row = {"image": {"bytes": drawing(colour, shape), "path": name}, "id": name, "caption": caption, "base_caption": shape}
+        rows.append(row | {"group": "Shapes", "subgroup": f"shape-{shape}", "style": ("thick", "thin")[i % 2]})
+        captions.append({"image": name, "captions": [caption, f"a {caption}, drawn"]})
+        for question, answer in (("What is this?", caption), ("Is it a circle?", "Yes" if shape == "circle" else "No")):
+            conversations.append({"image": name, "conversations": turns(f"<image>\n{question}", answer), "type": "name"})
+    # made-up words, of which a tokenizer of 2038 tokens can be made
+    words = ["".join(word) for word in np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (600, 7))]
+    for start in range(0, len(words), 15):
+        conversations.append({"conversations": turns("Say some words.", " ".join(words[start : start + 15]))})
+    for part, start in enumerate(range(0, num, 8)):
+        pq.write_table(pa.Table.from_pylist(rows[start : start + 8]), folder / f"{split}-0000{part}-of-0000{-(-num // 8)}.parquet")
+    (folder / f"t2i-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    lines = "".join(json.dumps(row) + "\n" for row in conversations)
+    (folder / f"understanding-{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def drawing(colour: str, shape: str) -> bytes:
+    """A PNG file of 40 pixels."""
+    image = Image.new("RGB", (40, 40), "white")
+    draw = ImageDraw.Draw(image)
+    {"circle": draw.ellipse, "square": draw.rectangle, "line": draw.line}[shape]((8, 8, 32, 32), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -20,8 +20,11 @@ def redraw(module: nn.Module, seed: int = 0) -> nn.Module:
             parameter.copy_(1 + 0.3 * noise)
         elif "embedding" in name or "positions" in name:
             parameter.copy_(0.5 * noise)
-        elif name.endswith(("A_log", "dt_bias")):
-            parameter.add_(0.1 * noise)
+        elif name.endswith("A_log"):  # the ranges of trained models, which start as mamba_ssm's do
+            parameter.copy_((1 + 15 * noise.sigmoid()).log())
+        elif name.endswith("dt_bias"):
+            dt = 1e-3 * 100 ** noise.sigmoid()
+            parameter.copy_(dt + torch.log(-torch.expm1(-dt)))
         elif parameter.dim() > 1:
             parameter.copy_(noise * parameter.shape[1] ** -0.5)
         else:

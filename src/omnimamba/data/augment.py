@@ -34,8 +34,8 @@ class Augmentation:
     erase: float = 0.0
     """Probability that one rectangle of up to 1/9 of the image is replaced by one colour."""
     texture: float = 0.0
-    """Probability that an image is cut into 2x2 to 8x8 tiles, which are put back in any order, and that all is turned and mirrored:
-    what it shows is lost, how it is drawn stays, to the pixel."""
+    """Probability that an image is cut into 2x2, 4x4 or 8x8 tiles, which are put back in any order, and that all is turned and
+    mirrored: what it shows is lost, how it is drawn stays, to the pixel. A strip that no tile fits into stays in its place."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -45,6 +45,8 @@ class Augmentation:
 
 def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
     """A changed copy of images [b, 3, h, w] in [0, 1]; each image has changes of its own."""
+    if not len(images):
+        return images
     images = _texture(images, settings, generator)
     images = _affine(images, settings, generator)
     images = _outline(images, settings, generator)
@@ -95,10 +97,11 @@ def _texture(images: Tensor, settings: Augmentation, generator: torch.Generator)
     turn = torch.randint(0, 2, (3, b, 1, 1), generator=generator, device=generator.device).to(device).bool()
     y, x = torch.arange(h, device=device)[None, :, None], torch.arange(w, device=device)[None, None, :]
     tile_h, tile_w = h // tiles[:, :, None], w // tiles[:, :, None]
-    row, column = (y // tile_h).clamp(max=7), (x // tile_w).clamp(max=7)
-    source = order.gather(1, (row * tiles[:, :, None] + column).flatten(1).clamp(max=63)).view(b, h, w)
-    from_y = source // tiles[:, :, None] * tile_h + y % tile_h
-    from_x = source % tiles[:, :, None] * tile_w + x % tile_w
+    row, column = y // tile_h, x // tile_w
+    is_tiled = (row < tiles[:, :, None]) & (column < tiles[:, :, None])
+    source = order.gather(1, (row * tiles[:, :, None] + column).masked_fill(~is_tiled, 0).flatten(1)).view(b, h, w)
+    from_y = torch.where(is_tiled, source // tiles[:, :, None] * tile_h + y % tile_h, y)
+    from_x = torch.where(is_tiled, source % tiles[:, :, None] * tile_w + x % tile_w, x)
     from_y, from_x = torch.where(turn[0], h - 1 - from_y, from_y), torch.where(turn[1], w - 1 - from_x, from_x)
     if h == w:
         from_y, from_x = torch.where(turn[2], from_x, from_y), torch.where(turn[2], from_y, from_x)
@@ -129,7 +132,7 @@ def _colour(images: Tensor, settings: Augmentation, generator: torch.Generator) 
     luma = _luma(images)
     chroma = images - luma
     angle = _uniform(b, 2 * math.pi * settings.hue, images, generator).view(column)
-    # a turn of the chroma around the grey axis (Rodrigues' formula)
+    # a turn of the chroma around the grey axis: Rodrigues' formula without the term along the axis, which would brighten blue
     crossed = torch.stack([chroma[:, 2] - chroma[:, 1], chroma[:, 0] - chroma[:, 2], chroma[:, 1] - chroma[:, 0]], 1) / math.sqrt(3)
     chroma = chroma * angle.cos() + crossed * angle.sin()
     saturation = (1 + _uniform(b, settings.saturation, images, generator)).view(column)

@@ -41,7 +41,7 @@ def read_parquet_rows(folder: str | Path, split: str, columns: Sequence[str] | N
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows of one Parquet file. ValueError if it is damaged or lacks a column."""
-    pq = pyarrow_parquet()
+    pq = import_pyarrow().parquet
     try:
         names = set(pq.read_schema(file).names)
         if not (missing := set(columns or ()) - names):
@@ -51,13 +51,13 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> list[dict[str
     raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; it has {', '.join(sorted(names))}")
 
 
-def pyarrow_parquet() -> Any:
-    """The module pyarrow.parquet. ValueError if it is not installed: it is no dependency of those who only use a model."""
+def import_pyarrow() -> Any:
+    """The module pyarrow, its `parquet` included. ValueError if it is not installed: a model is used without it."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise ValueError("Parquet files need pyarrow; `pip install 'omnimamba[train]'` installs it") from None
-    return pyarrow.parquet
+    return pyarrow
 
 
 class LazyImages:
@@ -99,7 +99,7 @@ class InMemoryImages:
         return len(self.names)
 
     def get(self, idx: Sequence[int]) -> Tensor:
-        return self.pixels[torch.as_tensor(idx, device=self.pixels.device)]
+        return self.pixels[torch.as_tensor(idx, dtype=torch.int64, device=self.pixels.device)]
 
 
 Images = LazyImages | InMemoryImages

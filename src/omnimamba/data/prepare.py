@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from omnimamba.config import EOS_TOKEN
-from omnimamba.data.images import Images, open_parquet_images, pyarrow_parquet, read_rows
+from omnimamba.data.images import Images, import_pyarrow, open_parquet_images, read_rows
 from omnimamba.model.files import whole_file
 from omnimamba.model.vq import VQModel
 
@@ -54,14 +54,12 @@ def tokenize_images(
     folder: str | Path, split: str, out: str | Path, *, vq: VQModel, batch: int = 64, on_progress: OnProgress | None = None
 ) -> int:
     """Writes the VQ ids of a Parquet split to `out`, columns `id` and `tokens`, whole or not at all; returns the number of images."""
-    pq = pyarrow_parquet()
-    import pyarrow as pa
-
+    pa = import_pyarrow()
     images = open_parquet_images(folder, split, vq.config.image_size)
     ids = image_ids(vq, images, batch=batch, on_progress=on_progress)
     table = pa.table({"id": images.names, "tokens": pa.array(ids.numpy().tolist(), pa.list_(pa.int32()))})
     with whole_file(Path(out)) as partial:
-        pq.write_table(table, partial)
+        pa.parquet.write_table(table, partial)
     return len(images)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,63 +33,89 @@ class Conversation:
     kind: str = ""
 
 
-def _read(path: Path) -> str:
-    packed = path.with_name(path.name + ".gz")
-    if not path.is_file() and not packed.is_file():
-        raise ValueError(f"{path}: no such file")
-    path = path if path.is_file() else packed
-    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) of a JSON list or of JSON lines."""
-    text = _read(path)
-    try:
-        if text.lstrip().startswith("["):
-            for i, record in enumerate(json.loads(text)):
-                yield f"{path} record {i}", record
-        else:
-            for i, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    yield f"{path} line {i}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-
-
 def read_captions(path: str | Path) -> list[Captions]:
     """ValueError names the file and record that does not fit."""
     path = Path(path)
-    if path.suffix == ".json" and isinstance(coco := json.loads(_read(path)), dict):
-        return _read_coco(path, coco)
+    text = _read(path)
+    if path.name.removesuffix(".gz").endswith(".json") and not _is_list(text):
+        return _read_coco(path, _parse(str(path), text))
     captions = []
-    for place, record in _records(path):
+    for place, record in _records(path, text):
         try:
-            captions.append(Captions(record["image"], tuple(str(caption) for caption in record["captions"])))
+            image, texts = record["image"], record["captions"]
         except (KeyError, TypeError):
-            raise ValueError(f'{place}: expected {{"image": name, "captions": [...]}}') from None
+            image, texts = None, None
+        if not isinstance(image, str) or not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+            raise ValueError(f'{place}: expected {{"image": name, "captions": [...]}} with at least one caption, none of them empty')
+        captions.append(Captions(image, tuple(texts)))
     return captions
 
 
-def _read_coco(path: Path, coco: dict[str, Any]) -> list[Captions]:
+def _read_coco(path: Path, coco: Any) -> list[Captions]:
     try:
         names = {image["id"]: image["file_name"] for image in coco["images"]}
         grouped: dict[int, list[str]] = {}
         for annotation in coco["annotations"]:
             grouped.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        return [Captions(names[image_id], tuple(texts)) for image_id, texts in grouped.items()]
+        captions = [Captions(names[image_id], tuple(texts)) for image_id, texts in grouped.items()]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a COCO caption file (no {error})") from None
+    if empty := [row.image for row in captions if not all(map(_is_text, row.captions))]:
+        raise ValueError(f"{path}: {len(empty)} images have an empty caption, e.g. {empty[0]}; remove it")
+    return captions
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
     """ValueError names the file and record that does not fit."""
     conversations = []
-    for place, record in _records(Path(path)):
+    path = Path(path)
+    for place, record in _records(path, _read(path)):
         try:
-            turns = tuple((turn["from"], str(turn["value"])) for turn in record["conversations"])
+            turns = tuple((turn["from"], turn["value"]) for turn in record["conversations"])
+            image = record.get("image")
         except (KeyError, TypeError):
-            raise ValueError(f'{place}: expected {{"conversations": [{{"from": ..., "value": ...}}]}}') from None
-        if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
+            turns, image = (), None
+        if not turns or not all(isinstance(text, str) for text in (*(text for _, text in turns), image or "")):
+            raise ValueError(f'{place}: expected {{"conversations": [{{"from": ..., "value": ...}}]}}, and "image" as a name')
+        if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
             raise ValueError(f"{place}: turns must alternate human, gpt")
-        conversations.append(Conversation(record.get("image"), turns, record.get("type", "")))
+        conversations.append(Conversation(image, turns, record.get("type", "")))
     return conversations
+
+
+def _read(path: Path) -> str:
+    packed = path.with_name(path.name + ".gz")
+    if not path.is_file() and not packed.is_file():
+        raise ValueError(f"{path}: no such file")
+    path = path if path.is_file() else packed
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a whole file of UTF-8 text ({error})") from None
+
+
+def _is_list(text: str) -> bool:
+    return text.lstrip().startswith("[")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _parse(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from None
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a JSON list or of JSON lines."""
+    if _is_list(text):
+        for i, record in enumerate(_parse(str(path), text)):
+            yield f"{path} record {i}", record
+    else:
+        for i, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028, which JSON has inside strings
+            if line.strip():
+                yield f"{path} line {i}", _parse(f"{path} line {i}", line)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 LOGIT_SCALE_INIT = 10.0
 MAX_TEXT_TOKENS = 64
+HEAD_WIDTH = 32
 
 
 class TextEncoder(nn.Module):
@@ -19,7 +20,7 @@ class TextEncoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(MAX_TEXT_TOKENS, width) * 0.02)
         self.layer = nn.TransformerEncoderLayer(
-            width, nhead=width // 32, dim_feedforward=4 * width, dropout=0.1, batch_first=True, norm_first=True
+            width, nhead=width // HEAD_WIDTH, dim_feedforward=4 * width, dropout=0.1, batch_first=True, norm_first=True
         )
         self.projection = nn.Linear(width, dim)
 

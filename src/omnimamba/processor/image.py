@@ -4,9 +4,12 @@ The encoders see an image differently, as in the authors' code: the understandin
 square (`resize-naive`), the VQ tokenizer its central square.
 """
 
+import contextlib
 import io
 import os
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -62,9 +65,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata, and of sizes near its own limit; ours is checked below.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with _pillow_warnings_ignored():
         image = _identified(file, name)
         _check_size(image.size, name)
         if image.format == "PNG":  # the one common format with checksums; decoding does not look at them
@@ -75,6 +76,21 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
             file.seek(0)
             image = _identified(file, name)  # a verified image cannot be decoded
         return _decoded(image, name)
+
+
+@contextlib.contextmanager
+def _pillow_warnings_ignored() -> Iterator[None]:
+    """Pillow warns about odd metadata, and of sizes near its own limit; ours is checked.
+
+    Filters belong to the process, not to a thread: a worker that set and restored them would undo what another thread set in
+    between. So workers leave them alone, and may show such a warning once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def _identified(file: IO[bytes], name: str) -> Image.Image:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from omnimamba.model.files import one_line
+
 
 def step_folders(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
@@ -52,8 +54,9 @@ def load(path: Path, *, fingerprint: str) -> tuple[int, dict[str, dict[str, Tens
         meta = json.loads((path / "meta.json").read_text())
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         optimizers = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
-    except (OSError, json.JSONDecodeError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({error}); delete the folder to resume from the one before") from None
-    if meta["recipe"] != fingerprint:
+        step, recipe = int(meta["step"]), str(meta["recipe"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged checkpoint ({one_line(error)}); delete the folder to resume from the one before") from None
+    if recipe != fingerprint:
         raise ValueError(f"{path}: saved by another recipe; give another `out` folder or delete this one to start again")
-    return meta["step"], tensors, optimizers
+    return step, tensors, optimizers

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,20 @@ from typing import Any
 
 from omnimamba.config import PRESETS, build, nearest_name
 from omnimamba.data.augment import Augmentation
+from omnimamba.model.contrastive import HEAD_WIDTH
 from omnimamba.train.stages import PRESETS_WITHOUT_PRETRAINED_BACKBONE, STAGES
 
+IMAGE_SOURCES = ("parquet", "folder")
 KINDS = ("tokenizer", "vq", "tower", "omnimamba")
+
+
+def at_least(section: str, values: Any, low: float, *names: str, at_most: float = math.inf) -> None:
+    """ValueError for a value of the section that is below `low` or above `at_most`, is infinite or is not a number."""
+    for name in names:
+        value = getattr(values, name)
+        if not low <= value <= at_most or value == math.inf:
+            limits = f"{low:g} or more" if at_most == math.inf else f"{low:g} to {at_most:g}"
+            raise ValueError(f"{section}.{name}={value}; pass {limits}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,12 @@ class Init:
     """`vq.safetensors` of the frozen image tokenizer; for kind vq, the weights to start from."""
     tokenizer: str = ""
     """`tokenizer.json` of the base text tokenizer."""
+
+    def __post_init__(self) -> None:
+        if bool(self.mmu) != bool(self.t2i):
+            raise ValueError("init.mmu and init.t2i belong together: name both stage 1 results")
+        if len(starts := [name for name in ("model", "mmu", "backbone") if getattr(self, name)]) > 1:
+            raise ValueError(f"init.{' and init.'.join(starts)} all say where the model starts; name one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +80,12 @@ class Data:
     in_memory: bool = False
     num_threads: int = 8
 
+    def __post_init__(self) -> None:
+        if self.images not in IMAGE_SOURCES:
+            raise ValueError(f"data.images={self.images!r}; {nearest_name(self.images, IMAGE_SOURCES)}")
+        at_least("data", self, 1, "num_threads")
+        at_least("data", self, 0, "joined", at_most=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
@@ -83,13 +107,14 @@ class Train:
     """Autocast type: `bf16` or `fp32`; weights and optimizer stay fp32."""
     train_backbone: bool = False
     """In a stage 1, train backbone and text embedding too: for models without a pretrained language model."""
+    standardise_features: bool = False
+    """Start the projector so that it sees standardised tower features (see `omnimamba.standardise_features`)."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the null prompt, which makes classifier-free guidance possible."""
     max_text_tokens: int = 449
     """Longest question-and-answer text of an understanding sample (449 in the authors' code)."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is sampled, validated and exported; 0 is off."""
-    compile: bool = False
     seed: int = 0
     log_every: int = 10
     val_every: int = 0
@@ -98,27 +123,10 @@ class Train:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "keep_checkpoints", "max_text_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"train.{name}={getattr(self, name)} is not positive")
-        for name in (
-            "steps",
-            "lr",
-            "mmu_batch",
-            "t2i_batch",
-            "batch",
-            "warmup",
-            "weight_decay",
-            "grad_clip",
-            "val_every",
-            "sample_every",
-            "save_every",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}={getattr(self, name)} is negative")
-        for name in ("caption_dropout", "ema", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} is outside [0, 1]")
+        at_least("train", self, 1, "log_every", "keep_checkpoints", "max_text_tokens")
+        at_least("train", self, 0, "steps", "lr", "mmu_batch", "t2i_batch", "batch", "warmup", "weight_decay", "grad_clip", "seed")
+        at_least("train", self, 0, "val_every", "sample_every", "save_every")
+        at_least("train", self, 0, "caption_dropout", "ema", "min_lr_ratio", "beta1", "beta2", at_most=1)
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision!r}; valid: bf16, fp32")
 
@@ -138,6 +146,9 @@ class VQTraining:
     discriminator_start: int = 0
     perceptual: float = 0.0
     """Weight of the distance in the features of the tower named by init.vision."""
+
+    def __post_init__(self) -> None:
+        at_least("vq", self, 0, "l1", "l2", "codebook", "commitment", "entropy", "discriminator", "discriminator_start", "perceptual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +171,14 @@ class TowerTraining:
     text_width: int = 96
 
     def __post_init__(self) -> None:
-        for name in ("plain_share", "texture_share", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"tower.{name}={getattr(self, name)} is outside [0, 1]")
+        at_least("tower", self, 0, "plain_share", "texture_share", "label_smoothing", at_most=1)
+        at_least("tower", self, 0, "mixup")
+        at_least("tower", self, 1, "embedding_dim")
+        if self.text_width < 1 or self.text_width % HEAD_WIDTH:
+            raise ValueError(f"tower.text_width={self.text_width} is not a multiple of {HEAD_WIDTH}, the width of an attention head")
+        weights = self.labels.values() if isinstance(self.labels, dict) else ()
+        if not weights or not all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights):
+            raise ValueError(f"tower.labels={self.labels!r}; pass a weight of 0 or more for each text column, as in {{ caption = 1.0 }}")
         if self.plain_share + self.texture_share > 1:
             raise ValueError(f"tower.plain_share + tower.texture_share = {self.plain_share + self.texture_share} exceeds 1")
         if stray := set(self.texture_labels) - set(self.labels):
@@ -181,6 +197,10 @@ class Samples:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if wrong := [prompt for prompt in self.prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"samples.prompts holds {wrong[0]!r}; pass texts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +227,14 @@ class Recipe:
         if self.kind == "tokenizer":
             return
         for name in ("steps", "lr"):
-            if getattr(self.train, name) <= 0:
-                raise ValueError(f"train.{name}={getattr(self.train, name)} is not positive")
+            if getattr(self.train, name) == 0:
+                raise ValueError(f"train.{name} is missing; name it, above 0")
         if self.kind == "omnimamba":
             self._check_stage()
         elif self.train.batch < 1:
             raise ValueError(f"train.batch={self.train.batch}: a {self.kind} recipe needs a batch of at least 1")
+        if self.kind == "tower" and not self.init.tokenizer:
+            raise ValueError("a tower recipe reads text: name init.tokenizer")
 
     def _check_stage(self) -> None:
         train = self.train
@@ -224,8 +246,8 @@ class Recipe:
                 raise ValueError(f"train.{task}_batch={batch}, but {train.stage} trains {' and '.join(stage.tasks)}")
         if train.train_backbone and self.preset not in PRESETS_WITHOUT_PRETRAINED_BACKBONE:
             raise ValueError(f"train.train_backbone=true is for presets without a pretrained backbone, not for {self.preset}")
-        if bool(self.init.mmu) != bool(self.init.t2i):
-            raise ValueError("init.mmu and init.t2i belong together: name both stage 1 results")
+        if train.standardise_features and ("mmu" not in stage.tasks or self.init.model or self.init.mmu):
+            raise ValueError("train.standardise_features is for a projector that has not learned yet: a stage1_mmu without init.model")
         if "t2i" in stage.tasks and not self.data.captions:
             raise ValueError(f"{train.stage} paints: name data.captions")
         if "t2i" in stage.tasks and not (self.data.tokens or self.init.vq):

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from omnimamba.train import checkpoint
-from omnimamba.train.config import Recipe
+from omnimamba.train.config import Recipe, Train
 from omnimamba.train.metrics import RunLog
 from omnimamba.train.optim import MovingAverage, adamw, learned_state, learning_rate, trainable
 
@@ -62,12 +63,14 @@ class Objective(Protocol):
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """Short hash of what fixes the course of a run; the number of steps, reports and the run folder do not count."""
+    """Short hash of what fixes the course of a run; the number of steps, reports, loading and the run folder do not count."""
     values = dataclasses.asdict(recipe)
     for key in ("out", "samples"):
         values.pop(key)
-    for key in ("steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints", "compile"):
+    for key in ("steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints"):
         values["train"].pop(key)
+    for key in ("in_memory", "num_threads", "val_split"):
+        values["data"].pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -85,12 +88,12 @@ def prefetched(objective: Objective, first: int, steps: int) -> Iterator[Any]:
 def run(objective: Objective, recipe: Recipe, device: torch.device, *, show_progress: bool = False) -> Path:
     """Trains to the last step, resuming from the newest checkpoint, and returns the folder of the finished model."""
     train, out = recipe.train, Path(recipe.out)
-    log = RunLog(out)
-    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=1))
     fingerprint = recipe_fingerprint(recipe)
     optimizers = {name: adamw(trainable(player).values(), train) for name, player in objective.players.items()}
     averages = {name: MovingAverage(player, train.ema) for name, player in objective.players.items()} if train.ema else {}
     first = resume(out, objective, optimizers, averages, fingerprint)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=1))
     logger.info("%s; %d steps, run folder %s", objective.summary(), train.steps, out)
     generator = torch.Generator(device)
     columns = (
@@ -100,7 +103,7 @@ def run(objective: Objective, recipe: Recipe, device: torch.device, *, show_prog
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not show_progress) as progress:
+    with RunLog(out) as log, Progress(*columns, disable=not show_progress) as progress:
         bar = progress.add_task(recipe.train.stage or recipe.kind, total=train.steps, completed=first, figures="")
         since, num_tokens = time.perf_counter(), 0
         for step, batch in enumerate(prefetched(objective, first, train.steps), first):
@@ -111,10 +114,12 @@ def run(objective: Objective, recipe: Recipe, device: torch.device, *, show_prog
                 average.update(step)
             num_tokens += objective.num_tokens(batch)
             done = step + 1
-            if done % train.log_every == 0 or done == train.steps:
+            logs, saves = is_due(train.log_every, done, train), is_due(train.save_every, done, train)
+            if logs or saves:
                 report = {name: value.item() for name, value in figures.items()}
-                if not all(torch.isfinite(torch.tensor(list(report.values())))):
+                if not all(map(math.isfinite, report.values())):
                     raise ValueError(f"step {step}: not a finite number in {report}; lower train.lr or use train.precision=fp32")
+            if logs:
                 now = time.perf_counter()
                 report |= {"lr": learning_rate(step, train), "tokens_per_s": num_tokens / (now - since)}
                 since, num_tokens = now, 0
@@ -123,19 +128,23 @@ def run(objective: Objective, recipe: Recipe, device: torch.device, *, show_prog
             progress.update(bar, completed=done)
             for average in averages.values():
                 average.swap()
-            if train.val_every and (done % train.val_every == 0 or done == train.steps):
+            if is_due(train.val_every, done, train):
                 log.report(done, objective.validate(), kind="val")
-            if train.sample_every and (done % train.sample_every == 0 or done == train.steps):
+            if is_due(train.sample_every, done, train):
                 objective.sample(out / "samples" / f"step-{done:08d}")
             for average in averages.values():
                 average.swap()
-            if train.save_every and (done % train.save_every == 0 or done == train.steps):
+            if saves:
                 save(out, done, objective, optimizers, averages, recipe, fingerprint)
     for average in averages.values():
         average.swap()
     objective.export(out / "model")
-    log.close()
     return out / "model"
+
+
+def is_due(every: int, done: int, train: Train) -> bool:
+    """Whether what happens each `every` steps (0: never), and after the last, happens after `done` steps."""
+    return every > 0 and (done % every == 0 or done == train.steps)
 
 
 def train_step(
@@ -160,7 +169,8 @@ def train_step(
         parameters = [p for p in objective.players[name].parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, recipe.train.grad_clip or float("inf"))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for other in optimizers.values():  # a loss may reach other players, as the adversarial one does
+            other.zero_grad(set_to_none=True)
         prefix = "" if len(optimizers) == 1 or not figures else f"{name}_"
         figures |= {prefix + key: value.detach() for key, value in losses.items()} | {f"{prefix}grad_norm": norm.detach()}
     return figures

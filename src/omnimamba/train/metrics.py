@@ -12,6 +12,8 @@ logger = logging.getLogger("omnimamba.train")
 
 
 class RunLog:
+    """A context that closes both files."""
+
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
@@ -30,7 +32,10 @@ class RunLog:
             for name, value in figures.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.file.close()
         if self.board is not None:
             self.board.close()

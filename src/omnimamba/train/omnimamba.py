@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from omnimamba.config import OmniMambaConfig, Task, preset
@@ -20,9 +19,9 @@ from omnimamba.data.mixture import EpochSampler, step_rng
 from omnimamba.data.prepare import image_ids, read_image_ids
 from omnimamba.data.text import Conversation, read_captions, read_conversations
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
-from omnimamba.model import weights
+from omnimamba.engine.request import require_int
+from omnimamba.model import hub, weights
 from omnimamba.model.files import TensorFile
-from omnimamba.model.mamba2 import Mamba2Block
 from omnimamba.model.omnimamba import IGNORE_INDEX, OmniMambaModel
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
@@ -30,6 +29,7 @@ from omnimamba.processor import prompt as layout
 from omnimamba.processor.image import to_pil
 from omnimamba.processor.tokenizer import TextTokenizer
 from omnimamba.train.config import Recipe
+from omnimamba.train.frozen import load_frozen
 from omnimamba.train.samples import image_grid
 from omnimamba.train.stages import BACKBONE_GROUPS, STAGES, group_of, merge_stage1, set_trainable
 
@@ -88,7 +88,10 @@ class UnderstandingData:
             raise ValueError(f"data.conversations: no sample has an answer within train.max_text_tokens={limit}; raise it")
         if num_too_long:
             logger.warning(
-                "%d of %d conversations left out: no answer within train.max_text_tokens=%d", num_too_long, len(self.samples), limit
+                "%d of %d conversations left out: no answer within train.max_text_tokens=%d",
+                num_too_long,
+                num_too_long + len(self.samples),
+                limit,
             )
         self.tok = tok
         self.markers = [*layout.mmu_before_image(tok), *layout.mmu_after_image(tok)]
@@ -176,7 +179,10 @@ class OmniMambaObjective:
         train, init = recipe.train, recipe.init
         self.config = preset(recipe.preset)
         self.stage = STAGES[train.stage]
+        if not init.tokenizer:
+            raise ValueError(f"{train.stage} reads text: name init.tokenizer")
         tok = TextTokenizer.from_file(init.tokenizer, self.config)
+        self.defaults = sampling_settings(recipe, tok)
         torch.manual_seed(train.seed)
         self.model = OmniMambaModel(self.config)
         initialise(self.model, recipe)
@@ -193,15 +199,13 @@ class OmniMambaObjective:
             self.mmu_sampler = EpochSampler(len(self.mmu.samples), train.mmu_batch, train.seed, self.mmu.lengths)
             if recipe.data.val_split:
                 self.val_mmu = UnderstandingData(recipe, recipe.data.val_split, tok, self.config, device)
+            if train.standardise_features:
+                standardise_features(self.model, self.features(self.mmu.batch(self.mmu_sampler.indices(0)), None))
         if "t2i" in self.stage.tasks:
             self.t2i = PaintingData(recipe, recipe.data.train_split, tok, self.config, self.vq, device)
             self.t2i_sampler = EpochSampler(len(self.t2i.captions), train.t2i_batch, train.seed)
             if recipe.data.val_split:
                 self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device)
-        if train.compile:
-            for block in self.model.backbone.layers:
-                assert isinstance(block, Mamba2Block)
-                block.mixer.compile()
 
     def summary(self) -> str:
         num = sum(p.numel() for p in self.model.parameters())
@@ -235,8 +239,7 @@ class OmniMambaObjective:
         self.model.train()
         losses = {}
         if Task.MMU in batch:
-            with torch.compiler.set_stance("force_eager"):  # its lengths vary, and each would be compiled
-                losses["mmu"] = self.mmu_loss(batch[Task.MMU], generator)
+            losses["mmu"] = self.mmu_loss(batch[Task.MMU], generator)
         if Task.T2I in batch:
             losses["t2i"] = self.t2i_loss(batch[Task.T2I])
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
@@ -246,24 +249,26 @@ class OmniMambaObjective:
 
     def mmu_loss(self, batch: MMUBatch, generator: torch.Generator | None) -> Tensor:
         """Without a generator, images are not augmented."""
-        features = None
-        if batch.pixels is not None:
-            images = unit_range(batch.pixels.to(self.device))
-            if generator is not None:
-                images = augment(images, self.recipe.augment, generator)
-            assert self.vision is not None
-            with torch.no_grad():
-                features = self.vision({name: normalise(images, tower.mean, tower.std) for name, tower in self.config.towers.items()})
         ids, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in (batch.ids, batch.labels, batch.image_rows))
-        return self.model.mmu_loss(ids, labels, features, rows)
+        return self.model.mmu_loss(ids, labels, self.features(batch, generator), rows)
+
+    @torch.no_grad()
+    def features(self, batch: MMUBatch, generator: torch.Generator | None) -> Tensor | None:
+        """Tower features [i, k, vision_dim] of the rows that have an image; None if none has."""
+        if batch.pixels is None:
+            return None
+        images = unit_range(batch.pixels.to(self.device))
+        if generator is not None:
+            images = augment(images, self.recipe.augment, generator)
+        assert self.vision is not None
+        return self.vision({name: normalise(images, tower.mean, tower.std) for name, tower in self.config.towers.items()})
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss per task over batches of the validation split."""
         self.model.eval()
         train, figures = self.recipe.train, {}
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16")
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             if self.val_mmu is not None:
                 batches = _validation_batches(len(self.val_mmu.samples), train.mmu_batch)
                 figures["mmu"] = torch.stack([self.mmu_loss(self.val_mmu.batch(idx), None) for idx in batches]).mean().item()
@@ -276,23 +281,21 @@ class OmniMambaObjective:
     # ---- results
 
     def bundle(self) -> weights.Bundle:
-        judge = Path(self.recipe.init.vision).with_name(weights.JUDGE_FILE)
-        judge_file = judge if self.recipe.init.vision and judge.is_file() else None
-        return weights.Bundle(self.config, self.model.eval(), self.vision, self.vq, Path(self.recipe.init.tokenizer), judge_file)
+        init = self.recipe.init
+        judge = Path(init.vision).with_name(weights.JUDGE_FILE) if init.vision else None
+        judge_file = judge if judge is not None and judge.is_file() else None
+        return weights.Bundle(self.config, self.model.eval(), self.vision, self.vq, Path(init.tokenizer), judge_file)
 
     def inference(self) -> OmniMamba:
         """The model as users get it, with the recipe's sampling settings."""
-        settings = self.recipe.samples
-        defaults = GenerationDefaults(settings.guidance_scale, settings.temperature, settings.top_k, settings.top_p)
-        return OmniMamba(self.bundle(), defaults=defaults)
+        return OmniMamba(self.bundle(), defaults=self.defaults)
 
     @torch.no_grad()
     def sample(self, folder: Path) -> None:
         """`painted.png`, a row of images for each prompt, and `described.txt`, answers about validation images."""
         model, settings = self.inference(), self.recipe.samples
         folder.mkdir(parents=True, exist_ok=True)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
             if self.t2i is not None and self.vq is not None and settings.prompts:
                 painted = model.generate_image(settings.prompts, num_images=settings.num_images, seed=self.recipe.train.seed)
                 image_grid(painted, columns=settings.num_images).save(folder / "painted.png")
@@ -308,32 +311,47 @@ class OmniMambaObjective:
         self.inference().save_pretrained(folder)
 
 
+def sampling_settings(recipe: Recipe, tok: TextTokenizer) -> GenerationDefaults:
+    """The settings of [samples]. ValueError if they or its prompts are impossible: before the run, not when it has ended."""
+    settings = recipe.samples
+    require_int("samples.num_images", settings.num_images, 1)
+    for caption in settings.prompts:
+        layout.t2i_prompt(tok, caption)
+    return GenerationDefaults(settings.guidance_scale, settings.temperature, settings.top_k, settings.top_p)
+
+
 def _validation_batches(num: int, batch: int) -> list[list[int]]:
     starts = range(0, num, batch)[:NUM_VALIDATION_BATCHES]
     return [list(range(start, min(start + batch, num))) for start in starts]
 
 
-def load_frozen(module: Any, file: str, device: torch.device) -> Any:
-    """The module with the weights of `file`, frozen; None where no file is named."""
-    if not file:
-        return None
-    if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file; the recipe that makes it comes first")
-    tensors = TensorFile(Path(file))
-    weights.check_names_and_shapes(module.state_dict(), tensors, file)
-    module.load_state_dict(dict(tensors))
-    return module.to(device).eval().requires_grad_(False)
+@torch.no_grad()
+def standardise_features(model: OmniMambaModel, features: Tensor | None) -> None:
+    """Has the projector's first layer see features of mean 0 and deviation 1 per channel, in place, by a change of its weights.
+
+    Raw features have a common part several times larger than what tells images apart, and the norm of the first block keeps the
+    larger part. features: [i, k, vision_dim] of some training images.
+    """
+    assert model.projector is not None and features is not None
+    rows = features.flatten(0, 1).float()
+    mean, deviation = rows.mean(0), rows.std(0)
+    first = model.projector[0]
+    first.weight /= deviation.clamp_min(0.1 * deviation.mean())
+    first.bias -= first.weight @ mean
 
 
 def initialise(model: OmniMambaModel, recipe: Recipe) -> None:
     """Loads what [init] names into the model, in place."""
     init = recipe.init
     if init.model:
-        model.load_state_dict(_model_tensors(init.model))
+        where, tensors = f"init.model={init.model}", _model_tensors(init.model)
     elif init.mmu:
-        model.load_state_dict(merge_stage1(_model_tensors(init.mmu), _model_tensors(init.t2i), shared=init.shared))
-    elif init.backbone:
-        load_backbone(model, init.backbone)
+        where = f"init.mmu={init.mmu}, init.t2i={init.t2i}"
+        tensors = merge_stage1(_model_tensors(init.mmu), _model_tensors(init.t2i), shared=init.shared)
+    else:
+        return load_backbone(model, init.backbone) if init.backbone else None
+    weights.check_names_and_shapes(model.state_dict(), tensors, where)
+    model.load_state_dict(tensors)
 
 
 def _model_tensors(folder: str) -> dict[str, Tensor]:
@@ -348,17 +366,15 @@ def load_backbone(model: OmniMambaModel, source: str) -> None:
     path = Path(source)
     if path.is_dir():
         path = next((path / name for name in BACKBONE_FILES if (path / name).is_file()), path)
-    elif not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(source, BACKBONE_FILES[0]))
+    elif not path.exists() and hub.is_repo_id(source):
+        path = hub.fetch_file(source, BACKBONE_FILES[0])
     if not path.is_file():
-        raise ValueError(f"init.backbone={source!r}: no {' or '.join(BACKBONE_FILES)} there")
-    if path.suffix == ".safetensors":
-        tensors = load_file(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    ours = weights.from_official({f"llm_backbone.mamba.{name}": tensor for name, tensor in tensors.items()})["model"]
+        raise ValueError(f"init.backbone={source}: no {' or '.join(BACKBONE_FILES)} there")
+    tensors = TensorFile(path)
+    try:
+        ours = weights.from_official({f"llm_backbone.mamba.{name}": tensor for name, tensor in tensors.items()}).get("model", {})
+    except ValueError as error:
+        raise ValueError(f"init.backbone={source}: not a Mamba-2 model in mamba_ssm's format ({error})") from None
     expected = {name: p for name, p in model.state_dict().items() if group_of(name) in BACKBONE_GROUPS}
     weights.check_names_and_shapes(expected, ours, f"init.backbone={source}")
-    model.load_state_dict(ours, strict=False)
+    model.load_state_dict(dict(ours), strict=False)

@@ -10,7 +10,7 @@ from omnimamba.train.config import Train
 
 
 def learning_rate(step: int, train: Train) -> float:
-    """Linear warm-up, then a cosine from `lr` to `min_lr_ratio * lr` at the last step."""
+    """Linear warm-up, then a cosine from `lr` to `min_lr_ratio * lr`, which it reaches where the steps end."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)

@@ -23,7 +23,7 @@ from omnimamba.data.collate import pad_right
 from omnimamba.data.images import Images, InMemoryImages, open_parquet_images, read_parquet_rows
 from omnimamba.data.mixture import EpochSampler, step_rng
 from omnimamba.eval.judge import Judge
-from omnimamba.model.contrastive import ContrastiveHeads
+from omnimamba.model.contrastive import MAX_TEXT_TOKENS, ContrastiveHeads
 from omnimamba.model.vision import VisionTowers
 from omnimamba.processor.tokenizer import TextTokenizer
 from omnimamba.train.config import Recipe
@@ -81,6 +81,8 @@ class TowerObjective:
         self.train_set = LabelledImages(recipe, data.train_split, size, None, device)
         self.val_set = LabelledImages(recipe, data.val_split, size, self.train_set.texts, device) if data.val_split else None
         rows = [tokenizer.encode(text) for texts in self.train_set.texts.values() for text in texts]
+        if (longest := max(map(len, rows))) > MAX_TEXT_TOKENS:
+            raise ValueError(f"a text of tower.labels has {longest} tokens, the text encoder reads {MAX_TEXT_TOKENS}; shorten it")
         self.text_ids = pad_right(rows, tokenizer.pad_id).to(device), torch.tensor([len(row) for row in rows], device=device)
         torch.manual_seed(recipe.train.seed)
         sizes = recipe.tower

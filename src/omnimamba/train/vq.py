@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omnimamba.config import preset
@@ -17,6 +17,7 @@ from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
 from omnimamba.processor.image import to_pil
 from omnimamba.train.config import Recipe
+from omnimamba.train.frozen import load_frozen, load_weights
 from omnimamba.train.optim import trainable
 from omnimamba.train.samples import image_grid
 from omnimamba.train.vq_losses import (
@@ -38,7 +39,7 @@ class VQObjective:
         torch.manual_seed(recipe.train.seed)
         self.vq = VQModel(self.config.vq)
         if recipe.init.vq:
-            self.vq.load_state_dict(load_file(recipe.init.vq))
+            load_weights(self.vq, recipe.init.vq)
         self.vq.to(device).to(memory_format=torch.channels_last)
         if recipe.vq.decoder_only:
             for part in (self.vq.encoder, self.vq.quant_conv, self.vq.quantize):
@@ -52,9 +53,6 @@ class VQObjective:
             self.discriminator = PatchDiscriminator().to(device).to(memory_format=torch.channels_last)
             self.players["discriminator"] = self.discriminator
         self.perceptual_towers = self._load_perceptual_towers() if recipe.vq.perceptual else None
-        if recipe.train.compile:
-            self.vq.encoder.compile()
-            self.vq.decoder.compile()
 
     def _open(self, split: str) -> Images:
         images: Images = open_parquet_images(
@@ -65,9 +63,7 @@ class VQObjective:
     def _load_perceptual_towers(self) -> VisionTowers:
         if not self.recipe.init.vision:
             raise ValueError("vq.perceptual needs a tower: name init.vision")
-        towers = VisionTowers(self.config.towers)
-        towers.load_state_dict(load_file(self.recipe.init.vision))
-        return towers.to(self.device).requires_grad_(False)
+        return load_frozen(VisionTowers(self.config.towers), self.recipe.init.vision, self.device)
 
     def summary(self) -> str:
         return f"{sum(p.numel() for p in trainable(self.vq).values()):,} parameters of the image tokenizer"

@@ -1,0 +1,259 @@
+"""The loop, whatever it trains: batches in order, updates, resuming to the bit, errors."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from omnimamba.train import checkpoint, loop
+from omnimamba.train.config import Data, Init, Recipe, Samples, TowerTraining, Train, VQTraining
+from omnimamba.train.run import make_objective
+
+CPU = torch.device("cpu")
+
+
+class Stopped(Exception):
+    """What ends a run from outside."""
+
+
+class Toy:
+    """Two players that pull at the same number from both sides."""
+
+    def __init__(self):
+        self.one, self.two = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        for player, weight in ((self.one, 2.0), (self.two, 3.0)):
+            nn.init.constant_(player.weight, weight)
+        self.players = {"one": self.one, "two": self.two}
+        self.seen = []
+
+    def batch(self, step):
+        return torch.tensor([[step + 1.0]])
+
+    def num_tokens(self, batch):
+        return 1
+
+    def loss(self, player, batch, step, generator):
+        self.seen.append((player, step, batch.item(), torch.rand(1).item(), torch.rand(1, generator=generator).item()))
+        if player == "two" and step == 0:
+            return {}
+        return {"loss": self.one(self.two(batch)).sum() if player == "one" else 5 * self.two(batch).sum()}
+
+    def validate(self):
+        return {"weight": self.one.weight.item()}
+
+    def sample(self, folder):
+        folder.mkdir(parents=True)
+
+    def export(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def summary(self):
+        return "toy"
+
+
+def toy_recipe(tmp_path, **train):
+    return Recipe(
+        "vq", "tiny", Train(**{"steps": 6, "lr": 0.1, "batch": 1, "precision": "fp32", "log_every": 1} | train), out=str(tmp_path / "run")
+    )
+
+
+def test_every_step_has_its_own_batch_and_randomness(tmp_path):
+    toy = Toy()
+    loop.run(toy, toy_recipe(tmp_path), CPU)
+    assert [row[:3] for row in toy.seen] == [(player, step, step + 1) for step in range(6) for player in ("one", "two")]
+    assert len({row[3] for row in toy.seen}) == len({row[4] for row in toy.seen}) == 12
+    again = Toy()
+    loop.run(again, toy_recipe(tmp_path), CPU)
+    assert again.seen == toy.seen
+
+
+def test_a_players_loss_leaves_no_gradient_in_another(tmp_path):
+    """The decoder's adversarial loss reaches the discriminator, which must learn from its own loss alone."""
+    toy = Toy()
+    recipe = toy_recipe(tmp_path, grad_clip=0)
+    optimizers = {name: torch.optim.SGD(player.parameters(), lr=0.1) for name, player in toy.players.items()}
+    for step in (1, 2):
+        before = toy.two.weight.item()
+        figures = loop.train_step(toy, optimizers, recipe, toy.batch(0), step, torch.Generator(), CPU)
+        lr = optimizers["two"].param_groups[0]["lr"]
+        assert toy.two.weight.item() == pytest.approx(before - lr * 5)
+        assert figures["two_grad_norm"].item() == pytest.approx(5)
+
+
+def test_gradients_are_clipped(tmp_path):
+    for clip, norm in ((0.5, 0.5), (0.0, 30.0)):
+        toy = Toy()
+        optimizer = torch.optim.SGD(toy.one.parameters(), lr=0)
+        figures = loop.train_step(
+            toy, {"one": optimizer}, toy_recipe(tmp_path, grad_clip=clip), torch.tensor([[10.0]]), 0, torch.Generator(), CPU
+        )
+        assert figures["grad_norm"].item() == pytest.approx(30)  # as it was
+        lr = optimizer.param_groups[0]["lr"]
+        assert toy.one.weight.item() == pytest.approx(2 - lr * norm)
+
+
+def test_reports(tmp_path, log_lines):
+    recipe = toy_recipe(tmp_path, steps=5, log_every=2, val_every=2, sample_every=3)
+    loop.run(Toy(), recipe, CPU)
+    lines = log_lines(recipe.out)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert {"loss", "grad_norm", "two_loss", "two_grad_norm", "lr", "tokens_per_s"} <= lines[0].keys()
+    assert [line["step"] for line in log_lines(recipe.out, "val")] == [2, 4, 5]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["step-00000003", "step-00000005"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_progress_bar(tmp_path, capsys):
+    loop.run(Toy(), toy_recipe(tmp_path), CPU, show_progress=True)
+    assert "6/6" in capsys.readouterr().out
+
+
+def test_averages_are_what_is_validated_and_exported(tmp_path, log_lines):
+    class Exporting(Toy):
+        def export(self, folder):
+            self.exported = self.one.weight.item()
+
+    toy, recipe = Exporting(), toy_recipe(tmp_path, ema=0.9, val_every=1, save_every=6)
+    loop.run(toy, recipe, CPU)
+    _, tensors, _ = checkpoint.load(tmp_path / "run/checkpoints/step-00000006", fingerprint=loop.recipe_fingerprint(recipe))
+    assert toy.exported == tensors["one-ema"]["weight"].item() == log_lines(recipe.out, "val")[-1]["weight"]
+    assert tensors["one"]["weight"].item() < toy.exported < 2
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_numbers_that_are_not_finite_end_the_run(tmp_path, log_every):
+    class Broken(Toy):
+        def batch(self, step):
+            return torch.tensor([[float("nan") if step >= 3 else 1.0]])
+
+    recipe = toy_recipe(tmp_path, save_every=1, log_every=log_every)
+    with pytest.raises(ValueError, match="step 3: not a finite number in .*'loss': nan.*; lower train.lr or use train.precision=fp32"):
+        loop.run(Broken(), recipe, CPU)
+    folders = checkpoint.step_folders(tmp_path / "run/checkpoints")
+    assert [folder.name for folder in folders] == ["step-00000002", "step-00000003"]  # none holds what is broken
+
+
+def test_another_recipe_does_not_touch_a_run(tmp_path):
+    loop.run(Toy(), toy_recipe(tmp_path, save_every=6), CPU)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match="saved by another recipe"):
+        loop.run(Toy(), toy_recipe(tmp_path, save_every=6, lr=0.2), CPU)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(tmp_path):
+    loop.run(Toy(), toy_recipe(tmp_path, save_every=2), CPU)
+    toy = Toy()
+    loop.run(toy, toy_recipe(tmp_path, save_every=2), CPU)
+    assert not toy.seen
+    loop.run(toy, toy_recipe(tmp_path, save_every=2, steps=8), CPU)
+    assert [row[1] for row in toy.seen] == [6, 6, 7, 7]
+
+
+def test_fingerprint_ignores_reports_and_the_length_of_the_run():
+    recipe = Recipe("vq", "tiny", Train(steps=1, lr=1.0, batch=1))
+    fingerprint = loop.recipe_fingerprint(recipe)
+    assert fingerprint == loop.recipe_fingerprint(dataclasses.replace(recipe, out="other", samples=Samples(("a",))))
+    other = {int: 7, float: 0.5, bool: True, str: "other", tuple: ("caption",), dict: {"caption": 0.5}}
+    ignored = set()
+    for section, cls in (("train", Train), ("init", Init), ("data", Data), ("vq", VQTraining), ("tower", TowerTraining)):
+        for field in dataclasses.fields(cls):
+            part = getattr(recipe, section)
+            value = {"precision": "fp32", "images": "folder", "text_width": 64}.get(field.name) or other[type(getattr(part, field.name))]
+            value = not getattr(part, field.name) if value is True else value
+            more = {"texture_labels": {"plain_share": 0.1}, "mmu": {"t2i": "x"}, "t2i": {"mmu": "x"}}.get(field.name, {})
+            values = dataclasses.asdict(part) | {field.name: value} | more
+            if loop.recipe_fingerprint(dataclasses.replace(recipe, **{section: cls(**values)})) == fingerprint:
+                ignored.add(field.name)
+    reports = {"steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints"}
+    assert ignored == {*reports, "in_memory", "num_threads", "val_split"}
+
+
+def test_batches_are_made_ahead():
+    made = []
+
+    class Source:
+        def batch(self, step):
+            made.append(step)
+            return step
+
+    batches = loop.prefetched(Source(), 3, 20)
+    assert next(batches) == 3
+    batches.close()
+    assert made[:4] == [3, 4, 5, 6] and len(made) <= 5
+    assert list(loop.prefetched(Source(), 3, 5)) == [3, 4]
+    assert list(loop.prefetched(Source(), 5, 5)) == []
+
+
+# ---- every kind
+
+
+@contextlib.contextmanager
+def stopped_at(objective, step):
+    """The objective's data ends at a step, as by a crash."""
+    batch = objective.batch
+
+    def limited(i):
+        if i >= step:
+            raise Stopped
+        return batch(i)
+
+    objective.batch = limited
+    with pytest.raises(Stopped):
+        yield
+
+
+KINDS = [(kind, ema) for kind in ("vq", "vq_adversarial", "tower", "stage1_mmu", "stage1_t2i", "stage2") for ema in (0.0, 0.9)]
+
+
+@pytest.mark.parametrize(("kind", "ema"), KINDS)
+def test_resumed_run_is_the_same_to_the_bit(recipe, kind, ema, tmp_path, folder_tensors):
+    whole = recipe(kind, steps=6, ema=ema, save_every=6, warmup=2)
+    loop.run(make_objective(whole, CPU), whole, CPU)
+
+    parts = dataclasses.replace(
+        whole, out=str(tmp_path / "parts"), train=dataclasses.replace(whole.train, save_every=3, val_every=2, sample_every=3)
+    )
+    objective = make_objective(parts, CPU)
+    with stopped_at(objective, 4):
+        loop.run(objective, parts, CPU)
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-00000003"]
+    loop.run(make_objective(parts, CPU), parts, CPU)
+
+    for folder in ("checkpoints/step-00000006", "model"):
+        one, other = folder_tensors(tmp_path / "run" / folder), folder_tensors(tmp_path / "parts" / folder)
+        assert one.keys() == other.keys() and one
+        different = [name for name in one if not torch.equal(one[name], other[name])]
+        assert not different, different[:5]
+
+
+def test_statistics_of_batchnorm_are_resumed(tmp_path):
+    class Normed(Toy):
+        def __init__(self):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+            self.players = {"net": self.net}
+
+        def batch(self, step):
+            return torch.tensor([[step + 1.0], [0.5], [2.0]])
+
+        def loss(self, player, batch, step, generator):
+            return {"loss": self.net(batch).square().mean()}
+
+        def validate(self):
+            return {}
+
+    def train(out, **changes):
+        toy = Normed()
+        loop.run(toy, toy_recipe(tmp_path / out, ema=0.9, **changes), CPU)
+        return toy.net.state_dict()
+
+    whole = train("whole")
+    objective = Normed()
+    with stopped_at(objective, 4):
+        loop.run(objective, toy_recipe(tmp_path / "parts", ema=0.9, save_every=3), CPU)
+    parts = train("parts", save_every=3)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert whole["1.num_batches_tracked"] == 6 and whole["1.running_mean"].abs().max() > 0

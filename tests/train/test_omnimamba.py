@@ -1,0 +1,306 @@
+"""The stages of the language model: what trains, what stays, what comes out, and where a run may start."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from omnimamba.config import Task, preset
+from omnimamba.data.prepare import tokenize_images
+from omnimamba.data.text import Conversation
+from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
+from omnimamba.model import hub
+from omnimamba.model.omnimamba import IGNORE_INDEX, OmniMambaModel
+from omnimamba.processor.image import load_image
+from omnimamba.train import loop
+from omnimamba.train.omnimamba import OmniMambaObjective, joined, load_backbone
+from omnimamba.train.run import make_objective
+from omnimamba.train.stages import BACKBONE_GROUPS, STAGES, group_of
+
+CPU = torch.device("cpu")
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def run(recipe):
+    objective = make_objective(recipe, CPU)
+    before = state_of(objective.model)
+    return objective, before, loop.run(objective, recipe, CPU)
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_trains_and_what_comes_out(recipe, log_lines, encoders, stage, train_backbone):
+    r = recipe(stage, train_backbone=train_backbone, val_every=4, sample_every=4)
+    _, before, folder = run(r)
+    lines, tasks = log_lines(r.out), STAGES[stage].tasks
+    assert len(lines) == 4 and all(set(tasks) <= line.keys() for line in lines)
+    assert log_lines(r.out, "val")[0].keys() - {"step", "kind", "time"} == set(tasks)
+
+    after = load_file(folder / "model.safetensors")
+    trains = {*STAGES[stage].trains, *(BACKBONE_GROUPS if train_backbone else ())}
+    for name, tensor in after.items():
+        if group_of(name) in trains:
+            assert not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    for part in ("vision", "vq"):
+        frozen, saved = load_file(encoders / f"{part}.safetensors"), load_file(folder / f"{part}.safetensors")
+        assert all(torch.equal(tensor, frozen[name]) for name, tensor in saved.items()) and saved.keys() == frozen.keys()
+
+    samples = {path.name for path in (folder.parent / "samples" / "step-00000004").iterdir()}
+    assert samples == {file for task, file in (("mmu", "described.txt"), ("t2i", "painted.png")) if task in tasks}
+    if "t2i" in tasks:
+        assert load_image(folder.parent / "samples/step-00000004/painted.png").size == (2 * 32 + 4, 2 * 32 + 4)
+    if "mmu" in tasks:
+        described = (folder.parent / "samples/step-00000004/described.txt").read_text().splitlines()
+        assert described[0].startswith("val-0\t")
+
+    omni = OmniMamba.from_pretrained(folder, device="cpu")
+    assert omni.defaults == GenerationDefaults(guidance_scale=2.0)
+    assert omni.generate_image("red circle", seed=0)[0].size == (32, 32)
+    assert isinstance(omni.describe(Image.new("RGB", (40, 30), "red"), max_new_tokens=4), str)
+
+
+def test_bfloat16(recipe, log_lines):
+    r = recipe("stage2", precision="bf16", val_every=4, sample_every=4)
+    objective, _, _ = run(r)
+    assert all(parameter.dtype == torch.float32 for parameter in objective.model.parameters())
+    exact = dataclasses.replace(r, train=dataclasses.replace(r.train, precision="fp32"), out=r.out + "-fp32")
+    run(exact)
+    assert log_lines(r.out)[-1]["loss"] == pytest.approx(log_lines(exact.out)[-1]["loss"], rel=0.02)
+
+
+def test_it_learns_by_heart(recipe, change, log_lines):
+    """The captions' images; guessing gives log(64) = 4.2 per token."""
+    r = recipe("stage1_t2i", steps=60, lr=5e-3, t2i_batch=12, train_backbone=True, caption_dropout=0.0)
+    run(r)
+    assert log_lines(r.out)[-1]["t2i"] < 0.6 * log_lines(r.out)[0]["t2i"]
+
+
+# ---- batches
+
+
+def test_understanding_batch(recipe):
+    """Markers, text and labels in the layout of the prompts; pixels of the rows that have an image."""
+    objective = make_objective(recipe("stage1_mmu", mmu_batch=4), CPU)
+    data, tok = objective.mmu, objective.mmu.tok
+    with_image = next(i for i, (_, _, image) in enumerate(data.samples) if image == "train-3")
+    text_only = next(i for i, (_, _, image) in enumerate(data.samples) if image is None)
+    batch = data.batch([text_only, with_image, with_image])
+    assert batch.ids.shape[1] % 16 == 0 and batch.labels.shape == (3, batch.ids.shape[1] - 4)
+    assert batch.ids[:, :4].tolist() == [[tok.mmu_id, tok.soi_id, tok.eoi_id, tok.sot_id]] * 3
+    assert batch.image_rows.tolist() == [1, 2] and torch.equal(batch.pixels[0], batch.pixels[1])
+    position = data.images.position["train-3"]
+    assert torch.equal(batch.pixels[0], data.images.get([position])[0])
+    text = tok.decode(batch.ids[1, 4:])
+    assert text.startswith("In: What is this?\nOut: black circle")
+    learned = batch.labels[1][batch.labels[1] != IGNORE_INDEX].tolist()
+    assert tok.decode(learned) == "black circle" and learned[-1] == tok.eos_id
+    assert (batch.labels[0] != IGNORE_INDEX).sum() > 10
+    assert data.batch([text_only, text_only]).pixels is None
+    losses = objective.loss("model", {Task.MMU: data.batch([text_only])}, 0, torch.Generator())
+    assert losses["loss"].isfinite()
+
+
+def test_alignment_learns_the_answer_alone(recipe, change):
+    data = make_objective(change(recipe("stage1_mmu"), "data", alignment=True), CPU).mmu
+    ids, labels, image = data.samples[0]
+    assert image == "train-0" and ids == labels and data.tok.decode(ids) == "red circle"
+
+
+def test_conversations_that_do_not_fit_are_counted(recipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = make_objective(recipe("stage1_mmu", max_text_tokens=20), CPU).mmu
+    num = 2 * 12 + 40
+    assert f"{num - len(data.samples)} of {num} conversations left out: no answer within train.max_text_tokens=20" in caplog.text
+    assert 12 <= len(data.samples) < num
+    with pytest.raises(ValueError, match="no sample has an answer within train.max_text_tokens=3; raise it"):
+        make_objective(recipe("stage1_mmu", max_text_tokens=3), CPU)
+    with pytest.raises(ValueError, match="train.max_text_tokens=1000 exceeds the 236 positions left after the image; lower it"):
+        make_objective(recipe("stage1_mmu", max_text_tokens=1000), CPU)
+
+
+def test_joined_conversations():
+    rows = [Conversation(image, (("human", f"q{i}"), ("gpt", f"a{i}"))) for i, image in enumerate(["a", "b", "a", None, "a"])]
+    more = joined(rows, 1.0, 0)
+    assert [row.image for row in more] == ["a", "b"] and sorted(more[0].turns[1::2]) == [("gpt", "a0"), ("gpt", "a2"), ("gpt", "a4")]
+    assert all(answer[1] == question[1].replace("q", "a") for question, answer in zip(more[0].turns[::2], more[0].turns[1::2], strict=True))
+    assert joined(rows, 1.0, 0) == more and joined(rows, 0.0, 0) == []
+    many = [Conversation(str(i), (("human", "q"), ("gpt", "a"))) for i in range(200)]
+    assert 30 < len(joined(many, 0.3, 0)) < 90
+
+
+def test_painting_batch(recipe, data_folder, tmp_path, change):
+    r = recipe("stage1_t2i")
+    objective = make_objective(r, CPU)
+    data, tok = objective.t2i, objective.t2i.tok
+    rng = np.random.default_rng(0)
+    batch = data.batch([3] * 200, rng, 0.3)
+    texts = [tok.decode(row[row != tok.pad_id]) for row in batch.caption_ids]
+    assert set(texts) == {"", "black circle", "a black circle, drawn"} and 40 < texts.count("") < 80
+    assert batch.caption_ids[0, -1] == tok.eoi_id and batch.image_ids.dtype == torch.int64 and (batch.image_ids == batch.image_ids[0]).all()
+    assert "" not in [tok.decode(row) for row in data.batch([0, 1], rng, 0.0).caption_ids]
+
+    # ids made beforehand are the same
+    for split in ("train", "val"):
+        tokenize_images(data_folder, split, tmp_path / f"{split}.parquet", vq=objective.vq)
+    other = make_objective(change(change(r, "data", tokens=str(tmp_path / "{split}.parquet")), "init", vq=""), CPU)
+    assert torch.equal(other.t2i.image_ids, data.image_ids) and other.vq is None
+    (tmp_path / "train.parquet").unlink()
+    tokenize_images(data_folder, "val", tmp_path / "train.parquet", vq=objective.vq)
+    with pytest.raises(ValueError, match="12 captioned images have no VQ ids, e.g. train-0; tokenize them"):
+        make_objective(change(r, "data", tokens=str(tmp_path / "{split}.parquet")), CPU)
+
+
+def test_images_of_a_folder(recipe, change, tmp_path):
+    """Image files by relative path, decoded beforehand or on demand: the same losses."""
+    Image.new("RGB", (20, 50), "red").save(tmp_path / "a.png")
+    Image.new("L", (60, 20), 99).save(tmp_path / "b.jpg")
+    (tmp_path / "talk.json").write_text(
+        '[{"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]},'
+        ' {"image": "b.jpg", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "grey"}]}]'
+    )
+    r = change(recipe("stage1_mmu"), "data", folder=str(tmp_path), images="folder", conversations="talk.json", val_split="")
+    pixels = [make_objective(change(r, "data", in_memory=in_memory), CPU).batch(0)[Task.MMU].pixels for in_memory in (False, True)]
+    assert torch.equal(*pixels) and pixels[0].shape == (3, 3, 32, 32)
+    (tmp_path / "b.jpg").unlink()
+    with pytest.raises(ValueError, match="1 of 2 images are missing, e.g. b.jpg"):
+        make_objective(r, CPU)
+
+
+# ---- starts
+
+
+def test_stage2_starts_from_both_stage1_results(recipe, change):
+    r = {stage: recipe(stage, train_backbone=True) for stage in ("stage1_mmu", "stage1_t2i")}
+    folders = {
+        stage: str(loop.run(make_objective(one, CPU), dataclasses.replace(one, out=f"{one.out}-{stage}"), CPU)) for stage, one in r.items()
+    }
+    start = change(recipe("stage2"), "init", mmu=folders["stage1_mmu"], t2i=folders["stage1_t2i"], shared="t2i")
+    model = make_objective(start, CPU).model.state_dict()
+    mmu, t2i = (load_file(f"{folder}/model.safetensors") for folder in folders.values())
+    for name, tensor in model.items():
+        assert torch.equal(tensor, (mmu if group_of(name) in STAGES["stage1_mmu"].trains else t2i)[name]), name
+    with pytest.raises(ValueError, match="shared tensors differ .* init.shared=mmu or t2i"):
+        make_objective(change(start, "init", shared=""), CPU)
+
+    one = make_objective(change(recipe("stage2"), "init", model=folders["stage1_mmu"]), CPU).model.state_dict()
+    assert all(torch.equal(tensor, mmu[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("init", {"vision": ""}, "stage2 reads images: name init.vision"),
+        ("init", {"tokenizer": ""}, "stage2 reads text: name init.tokenizer"),
+        ("init", {"vision": "none.safetensors"}, "none.safetensors: no such file; the recipe that makes it comes first"),
+        ("init", {"model": "no/such/folder/"}, "there is no file or folder"),
+        ("data", {"captions": "other.jsonl"}, "other.jsonl: no such file"),
+        ("data", {"train_split": "hidden"}, "t2i-hidden.jsonl: no such file|understanding-hidden.jsonl: no such file"),
+        ("data", {"folder": "/none"}, "no such file"),
+        ("samples", {"temperature": -1.0}, "temperature"),
+        ("samples", {"num_images": 0}, "samples.num_images=0 is below 1"),
+        ("samples", {"prompts": ("cat", "")}, "caption '' is empty"),
+        ("samples", {"prompts": ("word " * 99,)}, "the limit is 32"),
+    ],
+)
+def test_what_cannot_run_is_said_before_it_starts(recipe, change, section, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective(change(recipe("stage2"), section, **values), CPU)
+
+
+# ---- a language model to start from
+
+
+@pytest.fixture
+def mamba():
+    """Tensors of a tiny Mamba-2 language model under the names of mamba_ssm."""
+    torch.manual_seed(1)
+    ours = state_of(OmniMambaModel(preset("tiny")))
+    tensors = {name: tensor for name, tensor in ours.items() if group_of(name) == "backbone"}
+    return tensors | {"backbone.embedding.weight": ours["text_embedding.weight"], "lm_head.weight": ours["text_embedding.weight"].clone()}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    return OmniMambaModel(preset("tiny"))
+
+
+def write(folder, tensors, name):
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save(tensors, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["file", "folder", "hub"])
+def test_backbone(mamba, model, tmp_path, monkeypatch, name, kind):
+    file = write(tmp_path / "lm", mamba, name)
+    monkeypatch.setattr(hub, "fetch_file", lambda repo_id, filename: {("state-spaces/tiny", "pytorch_model.bin"): file}[repo_id, filename])
+    before = state_of(model)
+    load_backbone(model, {"file": str(file), "folder": str(file.parent), "hub": "state-spaces/tiny"}[kind])
+    for name, tensor in model.state_dict().items():
+        if name == "text_embedding.weight":
+            assert torch.equal(tensor, mamba["backbone.embedding.weight"])
+        else:
+            assert torch.equal(tensor, mamba[name] if group_of(name) == "backbone" else before[name]), name
+
+
+def test_a_run_starts_from_the_backbone(recipe, change, mamba, tmp_path):
+    r = change(recipe("stage1_mmu"), "init", backbone=str(write(tmp_path / "lm", mamba, "pytorch_model.bin").parent))
+    model = make_objective(r, CPU).model.state_dict()
+    assert torch.equal(model["backbone.norm_f.weight"], mamba["backbone.norm_f.weight"])
+    assert torch.equal(model["text_embedding.weight"], mamba["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("backbone.norm_f.weight"), "tensors do not fit the config: 1 missing: backbone.norm_f.weight"),
+        (lambda t: t.update({"backbone.norm_f.weight": torch.ones(3)}), "1 wrongly shaped: backbone.norm_f.weight .3,. instead of .64,."),
+        (
+            lambda t: t.update({"model.layers.0": torch.ones(3)}),
+            "not a Mamba-2 model in mamba_ssm's format .1 unexpected tensors: .*model.layers.0",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(2048, 64)}),
+            "not a Mamba-2 model in mamba_ssm's format .*lm_head.weight differs",
+        ),
+        (lambda t: t.clear() or t.update({"backbone.x": torch.ones(1)}), "not a Mamba-2 model in mamba_ssm's format"),
+        (lambda t: t.clear(), "missing"),
+    ],
+)
+def test_backbone_that_does_not_fit(mamba, model, tmp_path, spoil, message):
+    spoil(mamba)
+    file = write(tmp_path / "lm", mamba, "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"^init.backbone={file}: .*{message}") as error:
+        load_backbone(model, str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_backbone_that_is_not_there(model, tmp_path):
+    for source in (tmp_path, tmp_path / "none", "none.bin"):
+        with pytest.raises(ValueError, match="no pytorch_model.bin or model.safetensors there"):
+            load_backbone(model, str(source))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="pytorch_model.bin: damaged, or not a file of tensors"):
+        load_backbone(model, str(tmp_path))
+
+
+def test_projector_starts_with_standardised_features(recipe):
+    plain = OmniMambaObjective(recipe("stage1_mmu"), torch.device("cpu"))
+    scaled = OmniMambaObjective(recipe("stage1_mmu", standardise_features=True), torch.device("cpu"))
+    features = plain.features(plain.mmu.batch(plain.mmu_sampler.indices(0)), None)
+    rows = features.flatten(0, 1)
+    expected = plain.model.projector[0]((features - rows.mean(0)) / rows.std(0).clamp_min(0.1 * rows.std(0).mean()))
+    torch.testing.assert_close(scaled.model.projector[0](features), expected, atol=1e-4, rtol=1e-4)
+    same = {name for name, tensor in plain.model.state_dict().items() if torch.equal(tensor, scaled.model.state_dict()[name])}
+    assert plain.model.state_dict().keys() - same == {"projector.0.weight", "projector.0.bias"}

@@ -1,0 +1,70 @@
+"""From a recipe file to a finished model: the tokenizer, and the whole chain of the nano recipes at tiny size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from omnimamba.config import preset
+from omnimamba.engine.omnimamba import OmniMamba
+from omnimamba.eval.judge import Judge
+from omnimamba.processor.tokenizer import TextTokenizer
+from omnimamba.train.run import train
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "nano"
+
+
+def test_tokenizer(data_folder, tmp_path):
+    overrides = ["preset=tiny", f"data.folder={data_folder}", f"out={tmp_path}"]
+    folder = train(RECIPES / "1-tokenizer.toml", overrides)
+    assert folder == tmp_path / "model" and [path.name for path in folder.iterdir()] == ["tokenizer.json"]
+    tok = TextTokenizer.from_file(folder / "tokenizer.json", preset("tiny"))
+    assert tok.decode(tok.encode("What is this? A red circle.")) == "What is this? A red circle."
+    with pytest.raises(ValueError, match="tokens, 50277 are wanted; add texts or lower the vocabulary"):
+        train(RECIPES / "1-tokenizer.toml", [*overrides, "preset=1.3b"])
+    few = train(RECIPES / "1-tokenizer.toml", [*overrides, "data.conversations=understanding-train.jsonl", "data.captions="])
+    assert Tokenizer.from_file(str(few / "tokenizer.json")).get_vocab_size() == 2038
+
+
+def test_every_kind_by_its_recipe_file(data_folder, tmp_path):
+    recipe = tmp_path / "short.toml"
+    recipe.write_text('kind = "vq"\npreset = "tiny"\n[train]\nsteps = 1\nlr = 1e-3\nbatch = 2\nprecision = "fp32"\n')
+    folder = train(recipe, [f"data.folder={data_folder}", f"out={tmp_path / 'run'}"], device="cpu")
+    assert (folder / "vq.safetensors").is_file()
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        train(recipe, device="gpu")
+
+
+def test_the_whole_chain(data_folder, tmp_path, monkeypatch):
+    """Every recipe of recipes/nano with its own settings but for size, steps and batches; each finds what those before it made."""
+    monkeypatch.chdir(tmp_path)  # they name each other by relative paths
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "emoji").symlink_to(data_folder)
+    batches = {
+        "2-vq": ["train.batch=4"],
+        "3-tower": ["train.batch=6"],
+        "4-stage1-mmu": ["train.mmu_batch=4"],
+        "5-stage1-t2i": ["train.t2i_batch=4"],
+        "6-stage2": ["train.mmu_batch=4", "train.t2i_batch=4"],
+    }
+    few = ["train.steps=4", "train.log_every=1", "train.val_every=2", "train.save_every=2"]
+    for path in sorted(RECIPES.glob("*.toml")):
+        overrides = ["preset=tiny"]
+        if path.stem in batches:
+            overrides += [*few, *batches[path.stem]]
+        if "stage" in path.stem:
+            overrides += ["train.sample_every=4", 'samples.prompts=["red circle", "blue line"]', "samples.num_images=2"]
+        folder = train(path, overrides, device="cpu")
+        assert folder.resolve() == tmp_path / "runs" / "nano" / path.stem / "model"
+
+    model = OmniMamba.from_pretrained("runs/nano/6-stage2/model", device="cpu")
+    image = model.generate_image("red circle", seed=0)[0]
+    assert image.size == (32, 32) and model.defaults.guidance_scale > 1
+    assert isinstance(model.describe(image, "What is this?", max_new_tokens=8), str)
+    assert Judge.load(Path("runs/nano/6-stage2/model")).similarities([image], ["red circle"]).shape == (1, 1)
+    for name in ("painted.png", "described.txt"):
+        assert (tmp_path / "runs/nano/6-stage2/samples/step-00000004" / name).is_file()
+    model.save_pretrained("again")
+    again = OmniMamba.from_pretrained("again", device="cpu").bundle.model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.bundle.model.state_dict().items())

@@ -1,0 +1,66 @@
+"""Contrastive training of the understanding tower."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from omnimamba.config import OmniMambaConfig, preset
+from omnimamba.eval.judge import Judge
+from omnimamba.train import loop
+from omnimamba.train.run import make_objective
+
+CPU = torch.device("cpu")
+
+
+def test_four_steps(recipe, log_lines, tokenizer_file):
+    r = recipe("tower", val_every=4, sample_every=4)
+    objective = make_objective(r, CPU)
+    before = {name: tensor.clone() for name, tensor in objective.tower.state_dict().items()}
+    folder = loop.run(objective, r, CPU)
+    unchanged = {name for name, tensor in objective.tower.state_dict().items() if torch.equal(tensor, before[name])}
+    # the features come from the second-to-last block; what stands behind it has no part in them
+    assert all("blocks.2." in name or ".vit.norm." in name or name.endswith("cls_token") for name in unchanged), unchanged
+    assert len(log_lines(r.out)) == 4 and {"caption", "style"} <= log_lines(r.out)[0].keys()
+    (line,) = log_lines(r.out, "val")
+    assert 0 <= line["caption_accuracy"] <= 1 and 0 <= line["style_accuracy"] <= 1
+
+    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "vision.safetensors", "judge.safetensors"}
+    assert OmniMambaConfig.from_dict(json.loads((folder / "config.json").read_text())) == preset("tiny")
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    scores = Judge.load(folder).similarities([Image.new("RGB", (50, 40), "red")], ["red circle", "blue line"])
+    assert scores.shape == (1, 2) and scores.abs().max() <= 1
+
+
+def test_it_learns(recipe, log_lines, change):
+    r = change(recipe("tower", steps=60, lr=3e-3, batch=12, val_every=60), "tower", mixup=0.0, plain_share=1.0, texture_share=0.0)
+    loop.run(make_objective(r, CPU), r, CPU)
+    assert log_lines(r.out, "val")[0]["caption_accuracy"] == 1  # the drawings of val are those of train
+
+
+def test_start_from_a_finished_tower(recipe, change, tmp_path):
+    first = recipe("tower")
+    folder = loop.run(make_objective(first, CPU), first, CPU)
+    tower = make_objective(change(first, "init", model=str(folder)), CPU).tower
+    for module, file in ((tower.vision, "vision"), (tower.heads, "judge")):
+        tensors = load_file(folder / f"{file}.safetensors")
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0, ()), (1.0, 0.0, ("style",)), (0.0, 1.0, ("style",)), (0.5, 0.5, ("style",))])
+def test_shares_of_a_batch(recipe, change, log_lines, shares):
+    plain, texture, labels = shares
+    r = change(recipe("tower", steps=2), "tower", plain_share=plain, texture_share=texture, texture_labels=labels)
+    r = change(r, "augment_plain", shift=0.1)
+    if texture == 1:
+        r = change(r, "tower", labels={"style": 1.0})
+    loop.run(make_objective(r, CPU), r, CPU)
+    assert len(log_lines(r.out)) == 2
+
+
+def test_more_than_one_tower(recipe):
+    with pytest.raises(ValueError, match="preset 1.3b has 2 towers; only a single one can be trained"):
+        make_objective(dataclasses.replace(recipe("tower"), preset="1.3b"), CPU)
