@@ -1,6 +1,7 @@
 """Model folders: what is written is what is read, in any type, and whatever is wrong with one is one line."""
 
 import dataclasses
+import os
 import json
 
 import pytest
@@ -119,7 +120,7 @@ def test_encoders_may_be_absent(bundle, tmp_path):
 
 
 def test_other_files_in_the_folder_are_left_alone(bundle, folder):
-    save_file({"x": torch.ones(1)}, folder / "judge.safetensors")
+    save_file({"x": torch.ones(1)}, folder / "other.safetensors")
     (folder / "README.md").write_text("mine")
     (folder / "model_old.safetensors").write_text("mine")
     assert_same(tensors_of(weights.load(folder)), tensors_of(bundle))
@@ -289,3 +290,12 @@ def test_checksum_runs_over_many_chunks(monkeypatch):
 
 def test_config_is_readable(folder, bundle):
     assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(bundle.config.to_dict()))
+
+
+def test_files_are_readable_for_others(bundle, tmp_path):
+    mask = os.umask(0o022)
+    try:
+        weights.save(bundle, tmp_path / "model")
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}

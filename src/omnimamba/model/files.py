@@ -98,12 +98,20 @@ def read_safetensors(folder: Path, stem: str) -> Mapping[str, Tensor] | None:
     return ChainMap(*(TensorFile(folder / name) for name in files))  # type: ignore[arg-type]
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself makes its files private."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_safetensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:
     """Writes `stem.safetensors`, or shards and their index above SHARD_BYTES."""
     pattern = f"{stem}{{suffix}}{SAFETENSORS}"
     split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
-        save_file({key: tensors[key].detach().cpu().contiguous() for key in members}, folder / name, metadata={"format": "pt"})
+        save_tensors({key: tensors[key] for key in members}, folder / name, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

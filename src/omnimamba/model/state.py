@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from omnimamba.config import BackboneConfig
+from omnimamba.model.files import save_tensors
 
 
 @dataclasses.dataclass
@@ -91,8 +91,7 @@ class MambaState:
     def save(self, path: str | Path, *, fingerprint: str, metadata: dict[str, str] | None = None) -> None:
         """Writes a snapshot; `fingerprint` names the model that can continue it (see `weights.fingerprint`)."""
         tensors = {"conv": self.conv, "ssm": self.ssm, "position": self.position}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, path, metadata={"fingerprint": fingerprint, "metadata": json.dumps(metadata or {})})
+        save_tensors(tensors, Path(path), {"fingerprint": fingerprint, "metadata": json.dumps(metadata or {})})
 
     @classmethod
     def load(

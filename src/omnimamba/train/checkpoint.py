@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from omnimamba.model.files import one_line
+from omnimamba.model.files import one_line, save_tensors
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, state in tensors.items():
-        save_file({key: value.detach().contiguous() for key, value in state.items()}, partial / f"{name}.safetensors")
+        save_tensors(state, partial / f"{name}.safetensors")
     torch.save(optimizers, partial / "optimizers.pt")
     (partial / "meta.json").write_text(json.dumps({"step": step, "recipe": fingerprint}))
     for file in partial.iterdir():

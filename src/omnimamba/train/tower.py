@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omnimamba.config import TowerConfig, preset
@@ -24,6 +23,7 @@ from omnimamba.data.images import Images, InMemoryImages, open_parquet_images, r
 from omnimamba.data.mixture import EpochSampler, step_rng
 from omnimamba.eval.judge import Judge
 from omnimamba.model.contrastive import MAX_TEXT_TOKENS, ContrastiveHeads
+from omnimamba.model.files import save_tensors
 from omnimamba.model.vision import VisionTowers
 from omnimamba.processor.tokenizer import TextTokenizer
 from omnimamba.train.config import Recipe
@@ -175,4 +175,4 @@ class TowerObjective:
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         shutil.copy(self.recipe.init.tokenizer, folder / "tokenizer.json")
         for name, module in (("vision", self.tower.vision), ("judge", self.tower.heads)):
-            save_file({key: value.contiguous() for key, value in module.state_dict().items()}, folder / f"{name}.safetensors")
+            save_tensors(module.state_dict(), folder / f"{name}.safetensors")

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omnimamba.config import preset
 from omnimamba.data.augment import augment, normalise, unit_range
 from omnimamba.data.images import Images, InMemoryImages, open_parquet_images
 from omnimamba.data.mixture import EpochSampler
+from omnimamba.model.files import save_tensors
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
 from omnimamba.processor.image import to_pil
@@ -140,4 +140,4 @@ class VQObjective:
     def export(self, folder: Path) -> None:
         """`vq.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.vq.state_dict().items()}, folder / "vq.safetensors")
+        save_tensors(self.vq.state_dict(), folder / "vq.safetensors")
