@@ -1,8 +1,8 @@
 """Model folders: what is written is what is read, in any type, and whatever is wrong with one is one line."""
 
 import dataclasses
-import os
 import json
+import os
 
 import pytest
 import torch
