@@ -336,6 +336,7 @@ def standardise_features(model: OmniMambaModel, features: Tensor | None) -> None
     rows = features.flatten(0, 1).float()
     mean, deviation = rows.mean(0), rows.std(0)
     first = model.projector[0]
+    assert isinstance(first, nn.Linear)
     first.weight /= deviation.clamp_min(0.1 * deviation.mean())
     first.bias -= first.weight @ mean
 
