@@ -337,8 +337,8 @@ def standardise_features(model: OmniMambaModel, features: Tensor | None) -> None
     mean, deviation = rows.mean(0), rows.std(0)
     first = model.projector[0]
     assert isinstance(first, nn.Linear)
-    first.weight /= deviation.clamp_min(0.1 * deviation.mean())
-    first.bias -= first.weight @ mean
+    first.weight.div_(deviation.clamp_min(0.1 * deviation.mean()))
+    first.bias.sub_(first.weight @ mean)
 
 
 def initialise(model: OmniMambaModel, recipe: Recipe) -> None:
