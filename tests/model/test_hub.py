@@ -374,14 +374,16 @@ def test_an_endpoint_that_does_not_answer(server, client, tmp_path):
 @pytest.mark.slow
 def test_models_on_the_hub(server, client, small):
     server.repos["me/model"] = {path.name: path.read_bytes() for path in small[0].iterdir()} | {
-        "judge.safetensors": b"?",
+        "judge.safetensors": (small[0] / "vq.safetensors").read_bytes(),
+        "optimizer.pt": b"?",
         "README.md": b"#",
     }
     server.repos[RELEASED] = {"OmniMamba-1.3b.pth": b"large"}
     code = 'from omnimamba import OmniMamba\nfrom omnimamba.model import weights\nprint(weights.load("{}").fingerprint)'
     expected = weights.load(small[0]).fingerprint
     assert client(code.format("me/model")) == expected
-    assert not any("judge" in path for _, path, _ in server.requests)
+    fetched = {path.rsplit("/", 1)[-1] for _, path, _ in server.requests}
+    assert "judge.safetensors" in fetched and "optimizer.pt" not in fetched
     assert client(code.format("me/model"), HF_HUB_OFFLINE="1") == expected
     line = client(code.format(RELEASED))
     assert re.fullmatch(r".* has no config.json, so it is no model folder; official checkpoints become one by `omnimamba convert .*", line)
