@@ -29,7 +29,8 @@ SPECIAL_TOKENS = (
 """Added to a base tokenizer in this order, one id each, directly after its last id (authors' UniversalPrompting)."""
 
 EOS_TOKEN = "<|endoftext|>"
-EMBEDDING_ROW_MULTIPLE = 16
+IGNORE_INDEX = -100
+"""Label of a position without a loss (PyTorch's default for cross entropy)."""
 
 
 class Task(enum.StrEnum):

@@ -97,7 +97,7 @@ def test_model_defaults_and_overrides(omni):
 
 def test_defaults_file(tmp_path):
     assert GenerationDefaults.read(tmp_path) == GenerationDefaults(1.0, 1.0, 0, 1.0)
-    GenerationDefaults(guidance_scale=3.0, top_k=100).write(tmp_path)
+    (tmp_path / "generation.json").write_text(GenerationDefaults(guidance_scale=3.0, top_k=100).to_json())
     assert GenerationDefaults.read(tmp_path) == GenerationDefaults(guidance_scale=3.0, top_k=100)
     for content, message in (
         ('{"guidance": 3}', "unknown key 'guidance' in .*generation.json; did you mean 'guidance_scale'"),

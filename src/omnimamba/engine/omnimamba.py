@@ -67,9 +67,6 @@ class GenerationDefaults:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
-    def write(self, folder: Path) -> None:
-        (folder / weights.GENERATION_FILE).write_text(self.to_json(), encoding="utf-8")
-
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU. ValueError for a device that is not there."""

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimamba.config import OmniMambaConfig, Task
+from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, Task
 from omnimamba.model.lora import Tasks
 from omnimamba.model.mamba2 import Mamba2Backbone
 from omnimamba.model.state import MambaState
 
-IGNORE_INDEX = -100
 EMBEDDING_INIT_STD = 0.02
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")  # decays lose whole heads in bf16
 

@@ -33,10 +33,12 @@ def ssd_chunk_scan(
     Inside a chunk of q positions the recurrence is a masked (q, q) matrix product; between chunks only states travel. `chunk_size` changes
     the rounding and nothing else; the kernel takes its chunks from its launch table.
     """
-    if runs_kernel(x) and x.shape[3] <= 128 and B.shape[3] <= 256:  # larger tiles than these have never been compiled
-        from omnimamba.ops.triton import ssd as kernel  # Triton need not be installed
+    if runs_kernel(x):
+        if x.shape[3] <= 128 and B.shape[3] <= 256:  # larger tiles than these have never been compiled
+            from omnimamba.ops.triton import ssd as kernel  # Triton need not be installed
 
-        return kernel.ssd_chunk_scan(x, dt, A, B, C, D=D, initial_state=initial_state)
+            return kernel.ssd_chunk_scan(x, dt, A, B, C, D=D, initial_state=initial_state)
+        announce_plain_path(x.device, f"there is no kernel for headdim={x.shape[3]}, d_state={B.shape[3]}; 128 and 256 are the largest")
     return plain_ssd_chunk_scan(x, dt, A, B, C, D=D, chunk_size=chunk_size, initial_state=initial_state)
 
 

@@ -18,11 +18,8 @@ the ids of a conversation are a prefix of the ids of its continuation.
 
 from collections.abc import Sequence
 
-from omnimamba.config import EOS_TOKEN, OmniMambaConfig, PromptStyle
+from omnimamba.config import EOS_TOKEN, IGNORE_INDEX, OmniMambaConfig, PromptStyle
 from omnimamba.processor.tokenizer import TextTokenizer
-
-IGNORE_INDEX = -100
-"""Label of a position without a loss (PyTorch's default for cross entropy)."""
 
 IMAGE_MARKER = "<image>"
 """Stands for the image in LLaVA conversations. The vision features have a fixed place, so it is removed."""
