@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from omnimamba.engine.omnimamba import OmniMamba
-from omnimamba.eval.emoji import LABELS, EmojiReport, answer_figures, base_caption, evaluate, score
+from omnimamba.eval.emoji import LABELS, answer_figures, base_caption, evaluate, score
 from omnimamba.eval.emoji_set import Drawing, Question, choose_prompts, read_captions, read_drawings, read_questions
+from omnimamba.eval.report import Report
 from omnimamba.eval.scores import Figure
 from omnimamba.processor.image import load_image
 
@@ -141,7 +142,7 @@ def test_presence_figures_by_hand():
 def test_an_undefined_figure_is_null():
     figures = answer_figures({"a": drawing()}, [Question("a", "presence", "random", "?", "No")], ["No"], 0)
     assert figures["presence_precision"] == Figure(None, None, None, 1)
-    report = EmojiReport({}, figures)
+    report = Report({}, figures, LABELS)
     assert report.to_dict()["figures"]["presence_f1"]["value"] is None
     assert ("yes/no, precision", "undefined", "", "1") in report.table()
 

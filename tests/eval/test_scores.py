@@ -5,7 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from omnimamba.eval.scores import MAX_PSNR, Figure, is_match, mentions, normalise, psnr, ranks, ratio_of_sums, word_f1, words, yes_or_no
+from omnimamba.eval.scores import (
+    MAX_PSNR,
+    Figure,
+    is_match,
+    mentions,
+    normalise,
+    psnr,
+    ranks,
+    ratio_of_sums,
+    sum_of_ratios,
+    word_f1,
+    words,
+    yes_or_no,
+)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +145,20 @@ def test_answers_about_one_image_are_drawn_together():
     assert ratio_of_sums(names * 4, values * 4) == Figure(once.value, once.low, once.high, 160)
     apart = ratio_of_sums([str(i) for i in range(160)], values * 4)
     assert apart.high - apart.low < 0.7 * (once.high - once.low)
+
+
+def test_sum_of_ratios():
+    first, second = (["a", "a", "b"], [1, 0, 1], None), (["b", "c"], [1, 0], [1, 1])
+    figure = sum_of_ratios([first, second], scale=10)
+    assert figure.value == pytest.approx(10 * (2 / 3 + 1 / 2)) and figure.n == 5
+    assert figure.low <= figure.value <= figure.high
+    assert sum_of_ratios([first, (["c"], [1], [0])]).value is None
+
+
+def test_shared_images_are_drawn_together():
+    """Two parts with opposite answers about the same images: their sum is the same in every draw."""
+    images, right = [str(i) for i in range(20)], np.arange(20) % 2
+    together = sum_of_ratios([(images, right, None), (images, 1 - right, None)])
+    assert (together.low, together.value, together.high) == pytest.approx((1, 1, 1))
+    apart = sum_of_ratios([(images, right, None), ([f"other {image}" for image in images], 1 - right, None)])
+    assert apart.high - apart.low > 0.3

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,18 @@ from PIL import Image
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.engine.request import require_int
 from omnimamba.eval import scores
+from omnimamba.eval.ask import Progress, answer_in_batches, no_progress
 from omnimamba.eval.emoji_set import SAMPLINGS, Drawing, Question, check_files, choose_prompts, read_captions, read_drawings, read_questions
 from omnimamba.eval.grid import draw_grid
 from omnimamba.eval.judge import Judge
-from omnimamba.eval.scores import Figure, ratio_of_sums
+from omnimamba.eval.paint import paint_in_batches, settings_of
+from omnimamba.eval.report import Report, model_protocol
+from omnimamba.eval.scores import Figure, ratio_of_sums, yes_or_no_parts
 from omnimamba.processor.image import center_square, vq_pixels
 
 MAX_ANSWER_TOKENS = 128
 RECONSTRUCTION_BATCH = 16
 GRID_PICTURES = 24
-
-Progress = Callable[[str, int, int], None]
-"""(stage, number done, number in all)"""
 
 SCORED = {
     "name": "caption_exact_match",
@@ -109,26 +109,6 @@ class Painting:
     image: Image.Image
 
 
-@dataclasses.dataclass(frozen=True)
-class EmojiReport:
-    protocol: dict[str, Any]
-    """Data, model and settings that the figures were taken with."""
-    figures: dict[str, Figure]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able. Figures are fractions of 1, dB or cosines; null where undefined."""
-        return {"protocol": self.protocol, "figures": {key: dataclasses.asdict(figure) for key, figure in self.figures.items()}}
-
-    def table(self) -> list[tuple[str, str, str, str]]:
-        """Rows (figure, value, interval, n), the first one the header."""
-        rows = [("figure", "value", f"{scores.CONFIDENCE} % interval", "n")]
-        for key, figure in self.figures.items():
-            form = NOT_A_SHARE.get(key, "{:.1%}").format
-            values = [form(value) if value is not None else "undefined" for value in (figure.value, figure.low, figure.high)]
-            rows.append((LABELS[key], values[0], f"{values[1]} to {values[2]}" if figure.value is not None else "", str(figure.n)))
-        return rows
-
-
 def evaluate(
     model: OmniMamba,
     data: Path,
@@ -143,20 +123,19 @@ def evaluate(
     seed: int = 0,
     out: Path | None = None,
     judge: Path | None = None,
-    progress: Progress | None = None,
-) -> EmojiReport:
+    progress: Progress = no_progress,
+) -> Report:
     """The figures of `model` on a split of the emoji data set in `data`; the same call gives the same figures.
 
     limit: questions and reconstruction of the split's first drawings only. num_prompts: captions to paint, of the whole split; 0
-    skips generation. Sampling values of None are the model's defaults. out: a folder for `grid.png`, `answers.jsonl`,
-    `paintings.jsonl` and `painted/`. judge: a folder of `judge.FILES`, the model's own unless given.
+    skips generation. Sampling values of None are the model's defaults. out: a folder for `report.html` with `grid.png` and
+    `confusion.png`, `answers.jsonl`, `paintings.jsonl` and `painted/`. judge: a folder of `judge.FILES`, the model's own unless given.
     """
     require_int("limit", 1 if limit is None else limit, 1)
     require_int("num_prompts", num_prompts, 0)
     require_int("seed", seed, 0)
-    data, report = Path(data), progress or _no_progress
-    given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    settings = dataclasses.replace(model.defaults, **{name: value for name, value in given.items() if value is not None})
+    data = Path(data)
+    settings = settings_of(model, {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p})
 
     check_files(data, split)
     drawings = read_drawings(data, split)
@@ -170,13 +149,13 @@ def evaluate(
         "num_drawings": len(shown),
         "num_questions": len(questions),
         "num_prompts": 0,
-        "model": model.config.name,
-        "fingerprint": model.bundle.fingerprint,
+        **model_protocol(model),
         "device": model.device.type,
-        "dtype": str(model.bundle.model.dtype).removeprefix("torch."),
         "answers": {"temperature": 0.0, "max_new_tokens": MAX_ANSWER_TOKENS},
         "interval": {"confidence": scores.CONFIDENCE / 100, "num_resamples": scores.NUM_RESAMPLES, "seed": seed},
     }
+    if out is not None:
+        import matplotlib  # noqa: F401  (the report needs it; if it is not installed, that is better known now than at the end)
     figures: dict[str, Figure] = {}
     if num_prompts:
         referee = Judge.load(_judge_folder(model, judge), model.device)
@@ -186,19 +165,20 @@ def evaluate(
             "generation": {**dataclasses.asdict(settings), "seed": seed},
             "judge": referee.fingerprint,
         }
-        paintings = paint(model, prompts, settings, seed, report)
-        figures, places = judge_paintings(referee, paintings, seed, report)
+        paintings = paint(model, prompts, settings, seed, progress)
+        figures, places = judge_paintings(referee, paintings, seed, progress)
         if out is not None:
             write_paintings(Path(out), paintings, places)
-    figures["vq_psnr"] = reconstruct(model, list(shown.values()), seed, report)
-    answers = ask(model, shown, questions, report)
+    figures["vq_psnr"] = reconstruct(model, list(shown.values()), seed, progress)
+    answers = ask(model, shown, questions, progress)
     figures |= answer_figures(drawings, questions, answers, seed)
+    report = Report(protocol, {key: figures[key] for key in LABELS if key in figures}, LABELS, NOT_A_SHARE)
     if out is not None:
+        from omnimamba.eval.emoji_report import write_report
+
         write_answers(Path(out), drawings, questions, answers)
-    return EmojiReport(protocol, {key: figures[key] for key in LABELS if key in figures})
-
-
-def _no_progress(stage: str, done: int, total: int) -> None: ...
+        write_report(Path(out), report, questions, answers, has_grid=num_prompts > 0)
+    return report
 
 
 def _judge_folder(model: OmniMamba, judge: Path | None) -> Path:
@@ -213,52 +193,44 @@ def _judge_folder(model: OmniMamba, judge: Path | None) -> Path:
 
 
 def paint(
-    model: OmniMamba, prompts: Sequence[tuple[Drawing, str]], settings: GenerationDefaults, seed: int, report: Progress
+    model: OmniMamba, prompts: Sequence[tuple[Drawing, str]], settings: GenerationDefaults, seed: int, progress: Progress
 ) -> list[Painting]:
     """A painting of each prompt, each with a seed of its own: one seed for all would draw them with the same noise."""
-    paintings: list[Painting] = []
-    at_once = max(1, model.num_slots // (1 if settings.guidance_scale == 1 else 2))
-    for start in range(0, len(prompts), at_once):
-        report("painting", start, len(prompts))
-        batch = prompts[start : start + at_once]
-        seeds = [seed + start + i for i in range(len(batch))]
-        images = model.generate_image([caption for _, caption in batch], seed=seeds, **dataclasses.asdict(settings))
-        paintings += [Painting(*prompt, own_seed, image) for prompt, own_seed, image in zip(batch, seeds, images, strict=True)]
-    report("painting", len(prompts), len(prompts))
-    return paintings
+    captions, seeds = [caption for _, caption in prompts], [seed + i for i in range(len(prompts))]
+    images: list[Image.Image] = []
+    progress("painting", 0, len(prompts))
+    for batch in paint_in_batches(model, captions, seeds, settings):
+        images += batch
+        progress("painting", len(images), len(prompts))
+    return [Painting(*prompt, own_seed, image) for prompt, own_seed, image in zip(prompts, seeds, images, strict=True)]
 
 
 @torch.no_grad()
-def reconstruct(model: OmniMamba, drawings: Sequence[Drawing], seed: int, report: Progress) -> Figure:
+def reconstruct(model: OmniMamba, drawings: Sequence[Drawing], seed: int, progress: Progress) -> Figure:
     """Mean PSNR of the drawings through the VQ tokenizer and back."""
     size, values = model.config.vq.image_size, []
     for start in range(0, len(drawings), RECONSTRUCTION_BATCH):
-        report("reconstruction", start, len(drawings))
+        progress("reconstruction", start, len(drawings))
         originals = [center_square(drawing.image(), size) for drawing in drawings[start : start + RECONSTRUCTION_BATCH]]
         codes = model.vq.encode(torch.stack([vq_pixels(image, size) for image in originals]).to(model.device)).ids
         painted = model.paint(codes.flatten(1).tolist())
         values += [scores.psnr(np.asarray(image), np.asarray(original)) for image, original in zip(painted, originals, strict=True)]
-    report("reconstruction", len(drawings), len(drawings))
+    progress("reconstruction", len(drawings), len(drawings))
     return ratio_of_sums([drawing.id for drawing in drawings], values, seed=seed)
 
 
-def ask(model: OmniMamba, drawings: dict[str, Drawing], questions: Sequence[Question], report: Progress) -> list[str]:
+def ask(model: OmniMamba, drawings: dict[str, Drawing], questions: Sequence[Question], progress: Progress) -> list[str]:
     """The model's answer to each question."""
-    idxs_of: dict[str, list[int]] = {}
-    for i, question in enumerate(questions):
-        idxs_of.setdefault(question.image, []).append(i)
-    asked, answers = list(idxs_of), [""] * len(questions)
+    answers = [""] * len(questions)
     done = 0
-    for start in range(0, len(asked), model.num_slots):
-        report("questions", done, len(questions))
-        batch = asked[start : start + model.num_slots]
-        features = model.encode_image([drawings[name].image() for name in batch])
-        texts = [[questions[i].text for i in idxs_of[name]] for name in batch]
-        for name, row in zip(batch, model.answer(features, texts, max_new_tokens=MAX_ANSWER_TOKENS), strict=True):
-            for i, text in zip(idxs_of[name], row, strict=True):
-                answers[i] = text
-            done += len(row)
-    report("questions", len(questions), len(questions))
+    progress("questions", done, len(questions))
+    files = {name: drawing.file for name, drawing in drawings.items()}
+    asked = [(question.image, question.text) for question in questions]
+    for batch in answer_in_batches(model, files, asked, max_new_tokens=MAX_ANSWER_TOKENS):
+        for i, answer in batch.items():
+            answers[i] = answer
+        done += len(batch)
+        progress("questions", done, len(questions))
     return answers
 
 
@@ -311,24 +283,16 @@ def presence_figures(asked: Sequence[tuple[Question, str]], seed: int) -> dict[s
     truth = np.array([scores.yes_or_no(question.reference) is True for question, _ in asked])
     said = [scores.yes_or_no(answer) for _, answer in asked]
     yes, unclear = (np.array([value is which for value in said]) for which in (True, None))
-    hits = yes & truth
-    ratios = {
-        "accuracy": ((yes == truth) & ~unclear, None),
-        "precision": (hits, yes),
-        "recall": (hits, truth),
-        "f1": (2 * hits, yes.astype(int) + truth),  # 2 tp / (2 tp + fp + fn)
-        "yes_ratio": (yes, None),
-        "unclear": (unclear, None),
-    }
+    ratios = yes_or_no_parts(truth, yes) | {"accuracy": ((yes == truth) & ~unclear, None), "unclear": (unclear, None)}
     images = [question.image for question, _ in asked]
     return {name: ratio_of_sums(images, above, below, seed=seed) for name, (above, below) in ratios.items()}
 
 
 def judge_paintings(
-    judge: Judge, paintings: Sequence[Painting], seed: int, report: Progress
+    judge: Judge, paintings: Sequence[Painting], seed: int, progress: Progress
 ) -> tuple[dict[str, Figure], dict[str, np.ndarray]]:
     """The judge's figures, and the places of the captions of the `painted` and the `real` pictures, 1 is best."""
-    report("judging", 0, 2 * len(paintings))
+    progress("judging", 0, 2 * len(paintings))
     captions, images = [painting.caption for painting in paintings], [painting.drawing.id for painting in paintings]
     pictures = {"painted": [painting.image for painting in paintings], "real": [painting.drawing.image() for painting in paintings]}
     cosines = {name: judge.similarities(some, captions).numpy() for name, some in pictures.items()}
@@ -339,7 +303,7 @@ def judge_paintings(
         figures |= {f"{name}_top{top}": ratio_of_sums(images, hit, seed=seed) for name, hit in hits.items()}
         figures[f"top{top}_ratio"] = ratio_of_sums(images, hits["painted"], hits["real"], seed=seed)
     figures |= {f"{name}_similarity": ratio_of_sums(images, cosine.diagonal(), seed=seed) for name, cosine in cosines.items()}
-    report("judging", 2 * len(paintings), 2 * len(paintings))
+    progress("judging", 2 * len(paintings), 2 * len(paintings))
     return figures, places
 
 

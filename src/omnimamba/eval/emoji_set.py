@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from omnimamba.config import nearest_name
 from omnimamba.data.images import IMAGE_COLUMN, read_parquet_rows
+from omnimamba.eval.files import json_lines
 from omnimamba.eval.scores import yes_or_no
 from omnimamba.processor.image import load_image
 from omnimamba.processor.prompt import IMAGE_MARKER
@@ -80,25 +77,10 @@ def read_drawings(data: Path, split: str) -> dict[str, Drawing]:
     return drawings
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) of JSON lines."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for i, line in enumerate(content.decode("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} line {i}: not a JSON object")
-        yield f"{path} line {i}", record
-
-
 def read_questions(data: Path, split: str, drawings: dict[str, Drawing]) -> list[Question]:
     """The questions of a split. ValueError names the line that does not fit the format or the drawings."""
     questions = []
-    for place, record in _records(_json_file(data, f"understanding-{split}.jsonl")):
+    for place, record in json_lines(_json_file(data, f"understanding-{split}.jsonl")):
         try:
             asked, told = (str(turn["value"]) for turn in record["conversations"])
             question = Question(
@@ -120,7 +102,7 @@ def read_questions(data: Path, split: str, drawings: dict[str, Drawing]) -> list
 def read_captions(data: Path, split: str, drawings: dict[str, Drawing]) -> dict[str, str]:
     """The bare caption of each drawing: the first of its captions."""
     captions = {}
-    for place, record in _records(_json_file(data, f"t2i-{split}.jsonl")):
+    for place, record in json_lines(_json_file(data, f"t2i-{split}.jsonl")):
         if record.get("image") not in drawings or not isinstance(record.get("captions"), list) or not record["captions"]:
             raise ValueError(f'{place}: expected {{"image": id, "captions": [...]}} with an id of the {split} Parquet files')
         captions[record["image"]] = str(record["captions"][0])

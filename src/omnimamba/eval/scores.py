@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 NUM_RESAMPLES = 1000
+RESAMPLES_AT_ONCE = 100
+"""Draws in memory together: a hundred of the 40,504 images of COCO val2014 take 32 MB."""
 CONFIDENCE = 95
 MAX_PSNR = 100.0
 """dB given to equal images. A single step of 1/255 in one of 128 x 128 x 3 values is 95 dB."""
@@ -42,17 +44,35 @@ def ratio_of_sums(images: Sequence[str], numerators: ArrayLike, denominators: Ar
     images: the image of each answer. The percentile bootstrap (Efron 1979) draws images with all their answers, because answers
     about one image are not independent; draws without a value (a denominator of 0) are left out.
     """
-    row = {image: i for i, image in enumerate(dict.fromkeys(images))}
-    per_image = np.zeros((len(row), 2))
-    below = np.ones(len(images)) if denominators is None else denominators
-    np.add.at(per_image, [row[image] for image in images], np.stack([numerators, below], axis=-1))
-    value = _ratio(per_image.sum(0))
+    return sum_of_ratios([(images, numerators, denominators)], seed=seed)
+
+
+def sum_of_ratios(parts: Sequence[tuple[Sequence[str], ArrayLike, ArrayLike | None]], *, scale: float = 1.0, seed: int = 0) -> Figure:
+    """`scale` times the sum of the ratios of several parts, each as in `ratio_of_sums`; undefined if one of them is.
+
+    Images that the parts share are drawn together, others within their own part.
+    """
+    row = {image: i for i, image in enumerate(dict.fromkeys(image for images, _, _ in parts for image in images))}
+    per_image, is_in = np.zeros((len(row), len(parts), 2)), np.zeros((len(row), len(parts)), bool)
+    for part, (images, numerators, denominators) in enumerate(parts):
+        rows = [row[image] for image in images]
+        is_in[rows, part] = True
+        below = np.ones(len(images)) if denominators is None else denominators
+        np.add.at(per_image, (rows, part), np.stack([numerators, below], axis=-1))
+    num_answers = sum(len(images) for images, _, _ in parts)
+    value = scale * _ratio(per_image.sum(0)).sum()
     if math.isnan(value):
-        return Figure(None, None, None, len(images))
-    draws = np.random.default_rng(seed).multinomial(len(row), np.full(len(row), 1 / len(row)), size=NUM_RESAMPLES)
+        return Figure(None, None, None, num_answers)
+    rng, draws = np.random.default_rng(seed), np.zeros((NUM_RESAMPLES, len(parts), 2))
+    for kind in np.unique(is_in, axis=0):
+        some = per_image[(is_in == kind).all(1)]
+        for start in range(0, NUM_RESAMPLES, RESAMPLES_AT_ONCE):
+            size = min(RESAMPLES_AT_ONCE, NUM_RESAMPLES - start)
+            counts = rng.multinomial(len(some), np.full(len(some), 1 / len(some)), size=size)
+            draws[start : start + size] += (counts @ some.reshape(len(some), -1)).reshape(size, len(parts), 2)
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(_ratio(draws @ per_image), [tail, 100 - tail])
-    return Figure(float(value), float(low), float(high), len(images))
+    low, high = np.nanpercentile(scale * _ratio(draws).sum(-1), [tail, 100 - tail])
+    return Figure(float(value), float(low), float(high), num_answers)
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
@@ -96,6 +116,18 @@ def yes_or_no(answer: str) -> bool | None:
     said = words(answer)
     found = {word for word in said[:1] if word in ("yes", "no")} or {"yes", "no"} & set(said)
     return found == {"yes"} if len(found) == 1 else None
+
+
+def yes_or_no_parts(truth: np.ndarray, yes: np.ndarray) -> dict[str, tuple[ArrayLike, ArrayLike | None]]:
+    """Numerators and denominators of POPE's figures (arXiv:2305.10355), yes is positive. truth, yes: [b] bool."""
+    hits = yes & truth
+    return {
+        "accuracy": (yes == truth, None),
+        "precision": (hits, yes),
+        "recall": (hits, truth),
+        "f1": (2 * hits, yes.astype(int) + truth),  # 2 tp / (2 tp + fp + fn)
+        "yes_ratio": (yes, None),
+    }
 
 
 # ---- pictures and rankings
