@@ -25,6 +25,8 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     """It has max_new_tokens tokens; so ends every complete image."""
     CANCELLED = "cancelled"
+    ERROR = "error"
+    """A pass of the engine failed; `Event.error` says how."""
 
 
 def random_seed() -> int:
@@ -98,8 +100,8 @@ class Request:
 
     task: Task
     ids: tuple[int, ...]
-    features: Tensor | None = None
-    """[k, vision_dim] of the image of an MMU prompt; None is the text-only layout."""
+    features: Tensor | Callable[[], Tensor] | None = None
+    """[k, vision_dim] of the image of an MMU prompt, or what computes them once they are needed; None is the text-only layout."""
     null_ids: tuple[int, ...] | None = None
     """The prompt without a caption, as long as `ids`; needed when guidance_scale is not 1."""
     sampling: SamplingParams = SamplingParams()
@@ -109,6 +111,8 @@ class Request:
     """One slot to continue from; it is copied, not changed."""
     keep_state: bool = False
     """Each sample's last event carries its state, which has consumed every token but the last one."""
+    prefix_key: str | None = None
+    """Names the image of an MMU prompt, or that it has none, for the engine's prefix snapshots; None neither takes nor uses any."""
 
     def __post_init__(self) -> None:
         require_int("num_samples", self.num_samples, 1)
@@ -138,8 +142,8 @@ class Request:
             raise ValueError("the prompt is empty; pass at least one id")
         if self.sampling.is_guided:
             self._check_guidance()
-        if self.features is not None:
-            self._check_features(config)
+        if self.features is not None or self.prefix_key is not None:
+            self._check_image(config)
         if self.state is not None:
             expected = MambaState.zeros(config.backbone, 1, device="meta")
             if self.state.ssm.shape != expected.ssm.shape or self.state.conv.shape != expected.conv.shape:
@@ -154,16 +158,17 @@ class Request:
         if self.null_ids is None or len(self.null_ids) != len(self.ids):
             raise ValueError(f"guidance_scale={self.sampling.guidance_scale} needs null_ids as long as ids ({len(self.ids)})")
 
-    def _check_features(self, config: OmniMambaConfig) -> None:
-        assert self.features is not None
+    def _check_image(self, config: OmniMambaConfig) -> None:
         expected = (config.num_vision_tokens, config.vision_dim)
         if self.task is not Task.MMU or self.state is not None:
-            raise ValueError("features belong to an MMU prompt without a state; drop them here")
-        if tuple(self.features.shape) != expected:
+            raise ValueError("features and prefix_key belong to an MMU prompt without a state; drop them here")
+        if isinstance(self.features, Tensor) and tuple(self.features.shape) != expected:
             raise ValueError(f"features of shape {tuple(self.features.shape)} do not fit this model; pass {expected}")
 
     def _check_positions(self, config: OmniMambaConfig) -> int:
         start = 0 if self.state is None else int(self.state.position[0])
+        if start < 0:
+            raise ValueError(f"the state says that it has read {start} positions; pass one that this package saved")
         has_image = self.task is Task.MMU and self.state is None
         if has_image and len(self.ids) < 4:
             raise ValueError(f"an MMU prompt of {len(self.ids)} ids lacks its markers; start with [mmu][soi][eoi][sot]")
@@ -182,13 +187,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Event:
-    """One new token of one sample, or the news that it was cancelled (token None)."""
+    """One new token of one sample, or the news that it was cancelled or failed (token None)."""
 
     request_id: int
     sample_idx: int
     token: int | None
     finish_reason: FinishReason | None = None
     state: MambaState | None = None
+    num_cached: int = 0
+    """Positions of the prompt that came from a prefix snapshot."""
+    error: Exception | None = None
 
 
 OnEvent = Callable[[Event], None]

@@ -1,0 +1,1 @@
+"""One process that answers questions about images and paints images for many users: OpenAI-compatible API and web page."""

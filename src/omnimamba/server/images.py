@@ -1,0 +1,89 @@
+"""`POST /v1/images/generations`: images from a caption, in OpenAI's format."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import io
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from PIL.Image import Image
+
+from omnimamba.engine.request import Request, SamplingParams
+from omnimamba.server.errors import ApiError, bad_request
+from omnimamba.server.schema import ImageRequest
+from omnimamba.server.service import Service
+
+
+class Paintings:
+    """One call: its request to the engine and what the answer's envelope says."""
+
+    def __init__(self, service: Service, body: ImageRequest) -> None:
+        """ApiError for what the model or this server cannot do."""
+        config = service.config
+        with bad_request():
+            size = service.omni.vq.config.image_size
+        self._size = f"{size}x{size}"
+        self._service = service
+        self._created = int(time.time())
+        self._grid_size = service.omni.vq.config.grid_size
+        self._num_partial = body.partial_images or 0
+        if body.size not in (None, "auto", self._size):
+            raise ApiError(400, f"this model paints {self._size}, not {body.size!r}", param="size")
+        if len(body.prompt) > config.max_text_chars:
+            message = f"the prompt has {len(body.prompt)} characters, the limit is {config.max_text_chars}"
+            raise ApiError(400, message, param="prompt", code="string_above_max_length")
+        if self._num_partial and not body.stream:
+            raise ApiError(400, "partial_images come with stream=true only", param="partial_images")
+        if self._num_partial >= self._grid_size:
+            message = f"partial_images={self._num_partial} is too many; an image has {self._grid_size} rows of tokens, so pass at most "
+            raise ApiError(400, f"{message}{self._grid_size - 1}", param="partial_images")
+        if body.stream and (body.n or 1) > 1:
+            raise ApiError(400, "one image is streamed at a time; pass n=1", param="n")
+        given = {name: getattr(body, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "seed")}
+        settings = dataclasses.asdict(service.omni.defaults) | {name: value for name, value in given.items() if value is not None}
+        with bad_request():
+            sampling = SamplingParams(**settings)
+        self._request: Request = service.caption(body.prompt, sampling, body.n or 1)
+
+    async def response(self) -> dict[str, Any]:
+        """All images."""
+        images: dict[int, Image] = {}
+        async with contextlib.aclosing(self._service.paint(self._request)) as paintings:
+            async for painting in paintings:
+                images[painting.image_idx] = painting.image
+        data = [{"b64_json": b64_png(images[i])} for i in range(self._request.num_samples)]
+        return {"created": self._created, "data": data, **self._settings(), "seed": self._request.seed, "usage": self._usage()}
+
+    async def events(self) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """Events of one streamed image."""
+        parts = self._num_partial + 1
+        at_rows = sorted({max(1, self._grid_size * i // parts) for i in range(1, parts)})
+        num_sent = 0
+        async with contextlib.aclosing(self._service.paint(self._request, at_rows=at_rows)) as paintings:
+            async for painting in paintings:
+                name = "image_generation.completed" if painting.is_complete else "image_generation.partial_image"
+                event = {"type": name, "b64_json": b64_png(painting.image), "created_at": self._created, **self._settings()}
+                if painting.is_complete:
+                    yield name, event | {"seed": self._request.seed, "usage": self._usage()}
+                else:
+                    yield name, event | {"partial_image_index": num_sent}
+                    num_sent += 1
+
+    def _settings(self) -> dict[str, str]:
+        return {"size": self._size, "quality": "auto", "background": "opaque", "output_format": "png"}
+
+    def _usage(self) -> dict[str, Any]:
+        num_in = len(self._request.ids)
+        num_out = self._request.num_samples * self._service.omni.config.num_image_tokens
+        details = {"text_tokens": num_in, "image_tokens": 0}
+        return {"input_tokens": num_in, "output_tokens": num_out, "total_tokens": num_in + num_out, "input_tokens_details": details}
+
+
+def b64_png(image: Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

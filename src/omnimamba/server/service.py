@@ -1,0 +1,251 @@
+"""What the API and the web page have in common: questions and captions in, pieces of answers and images out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL.Image import Image
+from torch import Tensor
+
+from omnimamba.config import Task
+from omnimamba.engine.engine import Engine
+from omnimamba.engine.omnimamba import Conversation, OmniMamba, unread_ids
+from omnimamba.engine.request import Event, FinishReason, Request, Sample, SamplingParams
+from omnimamba.engine.scheduler import QueueFull
+from omnimamba.engine.text import AnswerText
+from omnimamba.processor.prompt import next_turn_ids
+from omnimamba.server.config import ServerConfig
+from omnimamba.server.engine_thread import EngineStopped, EngineThread, Generation
+from omnimamba.server.errors import ApiError, bad_request
+from omnimamba.server.metrics import Metrics
+from omnimamba.server.sources import check_image
+from omnimamba.server.states import StateStore
+
+NUM_DECODERS = 2
+"""Image files that are decoded at once; each may take three bytes a pixel, and more while it is resized."""
+STALLED_SECONDS = 120.0
+"""A step that takes this long never ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image to talk about, ready for the towers."""
+
+    key: str
+    pixels: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one token adds to one answer."""
+
+    sample_idx: int
+    text: str
+    finish_reason: str | None
+    """`stop` or `length` with the last piece."""
+    num_cached: int
+    """Positions of the prompt that were not read again."""
+    state_id: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Painting:
+    """An image whose first `num_rows` rows of tokens are painted."""
+
+    image_idx: int
+    image: Image
+    num_rows: int
+    is_complete: bool
+
+
+class Service:
+    """One model at work. `start` and `stop` in the event loop that calls the rest.
+
+    on_failure: called in that loop if the engine has come to an end by itself.
+    """
+
+    def __init__(self, omni: OmniMamba, config: ServerConfig, *, on_failure: Callable[[], None] | None = None) -> None:
+        self.omni, self.config = omni, config
+        self.thread = EngineThread(
+            omni.new_engine(max_waiting=config.max_waiting, prefix_cache_bytes=config.prefix_cache_bytes), on_failure=on_failure
+        )
+        self.metrics = Metrics(self.thread)
+        self.states = StateStore(config.state_bytes)
+        self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="images")
+        self._mean_seconds = 1.0
+
+    @property
+    def engine(self) -> Engine:
+        return self.thread.engine
+
+    def start(self) -> None:
+        self.thread.start()
+
+    async def stop(self) -> None:
+        await self.thread.stop()
+        self._decoders.shutdown(cancel_futures=True)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this server will not answer any more; None while it will."""
+        began = self.thread.step_began
+        if not self.thread.is_alive:
+            return "the engine has stopped"
+        if began is not None and time.monotonic() - began > STALLED_SECONDS:
+            return f"a step of the engine takes longer than {STALLED_SECONDS:g} s"
+        return None
+
+    @property
+    def max_in_flight(self) -> int:
+        """Requests that are taken in at once: those that may run and those that may wait."""
+        return self.config.max_waiting + self.engine.scheduler.num_slots
+
+    def overloaded(self) -> ApiError:
+        """Status 429, with a guess at when it is worth trying again."""
+        scheduler = self.engine.scheduler
+        seconds = math.ceil(self._mean_seconds * (1 + len(scheduler.waiting) / scheduler.num_slots))
+        headers = {"Retry-After": str(min(max(seconds, 1), 60))}
+        return ApiError(429, "too many requests wait already; try again later", code="queue_full", headers=headers)
+
+    # ---- questions
+
+    async def picture(self, data: bytes) -> Picture:
+        """ApiError for what is not an image within the limits."""
+        if self.omni.bundle.vision is None:
+            raise ApiError(400, "this model was saved without its vision towers, so it sees no image", param="messages")
+
+        def decode() -> Picture:
+            check_image(data, self.config.max_image_pixels)
+            with bad_request("messages", code="invalid_image"):
+                return Picture(hashlib.sha256(data).hexdigest(), self.omni.tower_inputs([data]))
+
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
+
+    def question(
+        self, messages: Sequence[tuple[str, str]], picture: Picture | None, sampling: SamplingParams, num_samples: int, *, keep_state: bool
+    ) -> Request:
+        """The request for an answer to ("user" | "assistant", text) messages, the image in front of them."""
+        with bad_request("messages"):
+            ids = self.omni.first_turns(messages)
+        features = None if picture is None else lambda: self.omni.encode_pixels(picture.pixels)[0]
+        key = "no image" if picture is None else picture.key
+        return Request(Task.MMU, ids, features, sampling=sampling, num_samples=num_samples, keep_state=keep_state, prefix_key=key)
+
+    def next_question(self, past: Conversation, text: str, sampling: SamplingParams, num_samples: int, *, keep_state: bool) -> Request:
+        """The request for an answer to the next question of a conversation that was kept."""
+        with bad_request("messages"):
+            ids = (*past.unread_ids, *next_turn_ids(self.omni.tokenizer, text))
+        return Request(Task.MMU, ids, sampling=sampling, num_samples=num_samples, state=past.state, keep_state=keep_state)
+
+    async def answer(
+        self, request: Request, *, stop: Sequence[str] = (), messages: Sequence[tuple[str, str]] = ()
+    ) -> AsyncGenerator[Piece, None]:
+        """Pieces of the answers, one a token. If the request keeps states, they are stored as conversations after `messages`."""
+        tok = self.omni.tokenizer
+        texts = [AnswerText(tok, stop) for _ in range(request.num_samples)]
+        samples = [Sample() for _ in texts]
+        async with self._run(request, every=1) as generation:
+            async for batch in generation:
+                for sample_idx, event in batch:
+                    text, sample = texts[sample_idx], samples[sample_idx]
+                    if text.is_stopped:  # what came before the engine heard of it
+                        continue
+                    sample.add(event)
+                    piece = text.push(event.token, is_last=event.finish_reason is not None)
+                    reason = event.finish_reason
+                    if text.is_stopped:
+                        reason = FinishReason.STOP
+                        generation.cancel_sample(sample_idx)
+                    state_id = None
+                    if sample.state is not None:
+                        conversation = Conversation(self.omni, None)
+                        conversation.messages = [*messages, ("assistant", tok.decode(sample.tokens).strip())]
+                        conversation.state, conversation.unread_ids = sample.state, unread_ids(sample, tok)
+                        state_id = self.states.add(conversation)
+                    yield Piece(sample_idx, piece, None if reason is None else str(reason), event.num_cached, state_id)
+
+    # ---- captions
+
+    def caption(self, text: str, sampling: SamplingParams, num_images: int) -> Request:
+        """The request for images of a caption."""
+        with bad_request("prompt"):
+            return self.omni.paint_request(text, sampling, num_images)
+
+    async def paint(self, request: Request, *, at_rows: Sequence[int] = ()) -> AsyncGenerator[Painting, None]:
+        """The images as they are completed; before that, each as it stands after `at_rows` rows of tokens."""
+        grid_size = self.omni.vq.config.grid_size
+        tokens: list[list[int]] = [[] for _ in range(request.num_samples)]
+        async with self._run(request, every=grid_size if at_rows else self.omni.config.num_image_tokens) as generation:
+            async for batch in generation:
+                for image_idx, event in batch:
+                    tokens[image_idx] += [] if event.token is None else [event.token]
+                    num_rows, rest = divmod(len(tokens[image_idx]), grid_size)
+                    if rest == 0 and num_rows in at_rows and event.finish_reason is None:
+                        ids = list(tokens[image_idx])
+                        yield Painting(image_idx, await self.thread.call(lambda ids=ids: self.omni.paint_so_far(ids)), num_rows, False)
+                complete = [image_idx for image_idx, event in batch if event.finish_reason is not None]
+                ids = [tokens[image_idx] for image_idx in complete]
+                images = await self.thread.call(lambda ids=ids: self.omni.paint(ids)) if complete else []
+                self.metrics.images.inc(len(images))
+                for image_idx, image in zip(complete, images, strict=True):
+                    yield Painting(image_idx, image, grid_size, True)
+
+    # ---- both
+
+    @contextlib.asynccontextmanager
+    async def _run(self, request: Request, *, every: int) -> AsyncIterator[_Batches]:
+        """The request under way, its figures counted and its failures turned into ApiErrors."""
+        task = str(request.task)
+        with bad_request():
+            requests = self.omni.split_samples(request)
+        generation = Generation(self.thread, requests, every=every, seconds=self.config.request_seconds)
+        try:
+            with bad_request(code="invalid_value"):
+                await generation.start()
+            yield _Batches(generation, self.metrics, task)
+            seconds = time.monotonic() - generation.began
+            self.metrics.request_seconds.labels(task).observe(seconds)
+            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+        except QueueFull:
+            raise self.overloaded() from None
+        except TimeoutError:
+            message = f"the answer was not complete within {self.config.request_seconds:g} s"
+            raise ApiError(504, message, code="timeout") from None
+        except EngineStopped:
+            raise ApiError(503, "the engine has stopped; this server answers no more", code="engine_stopped") from None
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.cancelled.inc()
+            raise
+        finally:
+            generation.close()
+
+
+class _Batches:
+    """The batches of a generation, counted. ApiError if the engine failed."""
+
+    def __init__(self, generation: Generation, metrics: Metrics, task: str) -> None:
+        self._generation, self._metrics, self._task = generation, metrics, task
+        self._has_token = False
+        self.cancel_sample = generation.cancel_sample
+
+    def __aiter__(self) -> _Batches:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Event]]:
+        batch = await anext(self._generation)
+        if any(event.error is not None for _, event in batch):
+            self._metrics.failures.inc()
+            message = "the engine failed on this request, and on those computed with it; its log says how"
+            raise ApiError(500, message, code="engine_failed")
+        self._metrics.tokens.labels(self._task).inc(sum(event.token is not None for _, event in batch))
+        if self._generation.first_token_at is not None and not self._has_token:
+            self._has_token = True
+            self._metrics.first_token.labels(self._task).observe(self._generation.first_token_at - self._generation.began)
+        return batch
