@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from omnimamba.data.augment import Augmentation, augment, normalise, unit_range
+from omnimamba.data.augment import Augmentation, augment, collage, normalise, unit_range
 
 EVERYTHING = Augmentation(
     scale=0.3,
@@ -20,7 +20,6 @@ EVERYTHING = Augmentation(
     grey=0.3,
     outline=0.3,
     erase=0.5,
-    texture=0.3,
 )
 
 
@@ -172,26 +171,22 @@ def test_erase_fills_one_rectangle_with_one_colour(images):
     assert 15 < num_erased < 60  # of 128
 
 
-@pytest.mark.parametrize("size", [(24, 24), (16, 40), (33, 33), (35, 22), (9, 15), (8, 8)])
-def test_texture_moves_pixels_and_changes_none(size):
-    images = torch.rand(32, 3, *size, generator=torch.Generator().manual_seed(0))
-    result = changed(images, texture=1.0)
-    assert not torch.equal(result, images)
-    for before, after in zip(images.flatten(2).mT.tolist(), result.flatten(2).mT.tolist(), strict=True):
-        assert sorted(before) == sorted(after)
+@pytest.mark.parametrize("size", [(8, 8), (16, 40), (32, 32)])
+def test_collage_takes_every_pixel_from_its_place_in_an_image_of_the_group(size):
+    groups = torch.tensor([0, 1, 0, 0, 1, 2])
+    images = torch.arange(6.0).view(6, 1, 1, 1) + torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) / 2
+    result = collage(images, groups, torch.Generator().manual_seed(1))
+    source = result[:, 0].floor().long()
+    torch.testing.assert_close(result - source[:, None], images[:1].expand_as(result), atol=1e-6, rtol=0)
+    assert torch.equal(groups[source], groups.view(6, 1, 1).expand_as(source))
+    assert source[0].unique().tolist() == [0, 2, 3] and source[5].unique().tolist() == [5]
 
 
-def test_texture_keeps_neighbours_within_tiles():
-    rows = torch.arange(32.0).view(1, 1, 32, 1).expand(64, 3, 32, 32) / 32
-    result = changed(rows, texture=1.0)
-    steps = torch.cat([result.diff(dim=2).flatten(), result.diff(dim=3).flatten()]).abs()
-    is_neighbour = (steps == 0) | (steps == 1 / 32)
-    assert is_neighbour.float().mean() > 0.75  # across the cuts of at most 8x8 tiles they need not be
-
-
-def test_texture_of_some(images):
-    is_changed = (changed(images, texture=0.5) != images).flatten(1).any(1)
-    assert 0 < is_changed.sum() < 16
+def test_collage_has_tiles_of_an_eighth_of_the_side_or_more():
+    source = collage(torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 32, 32), torch.zeros(64), torch.Generator().manual_seed(0))[:, 0]
+    tiles = source.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)
+    assert (tiles == tiles[..., :1]).all()
+    assert {len(image.unique()) > 16 for image in source} == {True, False}  # 8x8, and 2x2 or 4x4
 
 
 def test_unit_range_and_normalise():

@@ -6,12 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 from omnimamba.config import EOS_TOKEN, preset
 from omnimamba.data import prepare
 from omnimamba.data.images import InMemoryImages, open_parquet_images
-from omnimamba.data.prepare import image_ids, read_image_ids, tokenize_images, train_text_tokenizer
+from omnimamba.data.prepare import ImageSet, image_ids, read_image_ids, tokenize_images, train_text_tokenizer, write_image_ids
 from omnimamba.model.vq import VQModel
 from omnimamba.processor.image import load_image, vq_pixels
 
@@ -47,41 +48,73 @@ def test_too_few_texts():
 
 def test_image_ids_are_the_models(vq, data_folder):
     images = open_parquet_images(data_folder, "train", vq.config.image_size)
-    seen = []
-    ids = image_ids(vq, images, batch=5, on_progress=lambda *progress: seen.append(progress))
-    assert seen == [(5, 12), (10, 12), (12, 12)]
-    assert ids.shape == (12, NUM_TOKENS) and ids.dtype == torch.int32
+    ids = image_ids(vq, images, batch=5)
+    assert list(ids) == images.names and all(row.shape == (NUM_TOKENS,) and row.dtype == torch.int32 for row in ids.values())
     with torch.no_grad():
         for name in images.names[::5]:
             pixels = vq_pixels(load_image(images.read(name)), vq.config.image_size)
-            assert torch.equal(vq.encode(pixels[None]).ids.flatten().int(), ids[images.position[name]])
-    assert torch.equal(image_ids(vq, InMemoryImages(images)), ids)
+            assert torch.equal(vq.encode(pixels[None]).ids.flatten().int(), ids[name])
+    assert all(torch.equal(row, ids[name]) for name, row in image_ids(vq, InMemoryImages(images)).items())
+
+
+def tokenize(vq, folder, out, **options):
+    images = ImageSet(str(folder), options.pop("kind", "parquet"), options.pop("split", "train"), options.pop("column", "image"))
+    return tokenize_images(images, out, make_vq=lambda: vq, **options)
 
 
 def test_round_trip(vq, data_folder, tmp_path):
     out = tmp_path / "new" / "tokens.parquet"
-    assert tokenize_images(data_folder, "train", out, vq=vq) == 12
-    assert list(out.parent.iterdir()) == [out]
+    seen = []
+    assert tokenize(vq, data_folder, out, shard_size=5, on_progress=lambda *progress: seen.append(progress)) == 12
+    assert seen == [(5, 12), (10, 12), (12, 12)] and list(out.parent.iterdir()) == [out]
     read = read_image_ids(out, NUM_TOKENS, NUM_CODES)
     images = open_parquet_images(data_folder, "train", vq.config.image_size)
     assert list(read) == images.names
-    assert torch.equal(torch.stack(list(read.values())), image_ids(vq, images))
+    assert all(torch.equal(row, read[name]) for name, row in image_ids(vq, images).items())
+    with pytest.raises(ValueError, match="tokens.parquet is there already; delete it to make it again, or name another file"):
+        tokenize(vq, data_folder, out)
 
 
-def test_an_interrupted_run_leaves_the_old_file(vq, data_folder, tmp_path, monkeypatch):
-    out = tmp_path / "tokens.parquet"
-    tokenize_images(data_folder, "val", out, vq=vq)
-    before = out.read_bytes()
+def test_a_second_call_goes_on(vq, data_folder, tmp_path, monkeypatch):
+    out, shards = tmp_path / "tokens.parquet", []
 
-    def write_half(table, path):
-        path.write_bytes(before[:100])
-        raise OSError("no space left")
+    def stops(file, ids):
+        if len(shards) == 2:
+            file.write_bytes(b"half")
+            raise OSError("no space left")
+        shards.append(list(ids))
+        write_image_ids(file, ids)
 
-    pyarrow = prepare.import_pyarrow()
-    monkeypatch.setattr(pyarrow.parquet, "write_table", write_half)
+    monkeypatch.setattr(prepare, "write_image_ids", stops)
     with pytest.raises(OSError, match="no space left"):
-        tokenize_images(data_folder, "train", out, vq=vq)
-    assert list(tmp_path.iterdir()) == [out] and out.read_bytes() == before
+        tokenize(vq, data_folder, out, shard_size=4)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="tokens.parquet.parts: begun with another shard_size; delete the folder to start again"):
+        tokenize(vq, data_folder, out, shard_size=5)
+    monkeypatch.setattr(prepare, "write_image_ids", lambda file, ids: shards.append(list(ids)) or write_image_ids(file, ids))
+    assert tokenize(vq, data_folder, out, shard_size=4) == 12
+    assert [len(shard) for shard in shards] == [4, 4, 4] and len({name for shard in shards for name in shard}) == 12
+    other = tmp_path / "other.parquet"
+    tokenize(vq, data_folder, other)
+    assert pq.read_table(other).equals(pq.read_table(out))
+
+
+def test_image_files_and_broken_ones(vq, tmp_path, caplog):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.png", "sub/a.jpg"):
+        Image.new("RGB", (30, 40), "red").save(folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    with pytest.raises(ValueError, match="image 'broken.png': "):
+        tokenize(vq, folder, tmp_path / "out.parquet", kind="folder")
+    assert tokenize(vq, folder, tmp_path / "other.parquet", kind="folder", max_broken=1) == 2
+    assert "image 'broken.png' is left out, 1 of at most 1" in caplog.text
+    assert list(read_image_ids(tmp_path / "other.parquet", NUM_TOKENS, NUM_CODES)) == ["b.png", "sub/a.jpg"]
+    with pytest.raises(ValueError, match="unknown kind of images 'foldr'; did you mean 'folder'"):
+        tokenize(vq, folder, tmp_path / "x.parquet", kind="foldr")
+    with pytest.raises(ValueError, match="no image files"):
+        tokenize(vq, tmp_path / "images" / "none", tmp_path / "x.parquet", kind="folder")
 
 
 @pytest.mark.parametrize(

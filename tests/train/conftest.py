@@ -60,8 +60,8 @@ def recipe(tmp_path, data_folder, tokenizer_file, encoders):
             more["tower"] = TowerTraining(
                 labels={"caption": 1.0, "style": 0.5},
                 plain_share=0.3,
-                texture_share=0.2,
-                texture_labels=("style",),
+                collage_share=0.2,
+                collage_labels=("style",),
                 mixup=0.2,
                 text_width=32,
             )
@@ -75,6 +75,48 @@ def recipe(tmp_path, data_folder, tokenizer_file, encoders):
         return Recipe(kind, "tiny", Train(**values | train), init, data, augmentation, out=str(tmp_path / "run"), **more)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_stage2(tmp_path_factory, data_folder, tokenizer_file, encoders) -> Path:
+    """Stage 2 of the tiny model without dropout and augmentation, whose randomness each process has of its own."""
+    path = tmp_path_factory.mktemp("recipes") / "stage2.toml"
+    path.write_text(f"""
+kind = "omnimamba"
+preset = "tiny"
+model.lora.dropout = 0.0
+[train]
+stage = "stage2"
+mmu_batch = 4
+t2i_batch = 4
+steps = 8
+lr = 1e-3
+warmup = 2
+precision = "fp32"
+weight_decay = 0.1
+caption_dropout = 0.3
+max_text_tokens = 60
+ema = 0.9
+log_every = 1
+val_every = 4
+sample_every = 8
+save_every = 4
+keep_checkpoints = 9
+[samples]
+prompts = ["red circle"]
+num_images = 1
+[init]
+tokenizer = "{tokenizer_file}"
+vision = "{encoders}/vision.safetensors"
+vq = "{encoders}/vq.safetensors"
+[data]
+folder = "{data_folder}"
+captions = "t2i-{{split}}.jsonl"
+conversations = "understanding-{{split}}.jsonl"
+val_split = "val"
+num_threads = 1
+""")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from omnimamba.data.augment import Augmentation
 from omnimamba.train.config import Recipe, Train, read_recipe
-from omnimamba.train.stages import STAGES
+from omnimamba.train.stages import LORA_STAGES, STAGES
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
 VQ = 'kind = "vq"\npreset = "tiny"\n[train]\nsteps = 10\nlr = 1e-3\nbatch = 4\n'
@@ -34,13 +34,15 @@ def read(tmp_path):
 def test_every_recipe(path):
     recipe = read_recipe(path)
     assert recipe.out == f"runs/{path.parent.name}/{path.stem}"
-    assert recipe.preset == path.parent.name
+    assert recipe.preset == {"ablations": "nano", "finetune": "nano"}.get(path.parent.name, path.parent.name)
     assert f"omnimamba train recipes/{path.parent.name}/{path.name}" in path.read_text()  # its header says how it is run
 
 
 def test_there_is_a_recipe_for_each_stage_and_both_sizes():
     recipes = [read_recipe(path) for path in RECIPES]
-    assert {(r.preset, r.train.stage) for r in recipes if r.kind == "omnimamba"} == {(size, s) for size in ("1.3b", "nano") for s in STAGES}
+    assert {(r.preset, r.train.stage) for r in recipes if r.kind == "omnimamba"} == {
+        (size, stage) for size in ("1.3b", "nano") for stage in STAGES if stage not in LORA_STAGES
+    }
 
 
 @pytest.mark.parametrize(
@@ -133,8 +135,11 @@ def test_overrides_of_the_recipe_itself(read):
         (VQ, ("samples.prompts=[3]",), "samples.prompts holds 3; pass texts"),
         (VQ, ("init.model=a", "init.backbone=b"), "init.model and init.backbone all say where the model starts"),
         (VQ, ("augment.scale=-1",), "augmentation scale=-1 is negative"),
-        (VQ, ("tower.mixup=1", "tower.plain_share=0.6", "tower.texture_share=0.6"), "exceeds 1"),
-        (VQ, ('tower.texture_labels=["style"]',), "tower.texture_labels names style, not in tower.labels; valid: caption"),
+        (VQ, ("tower.mixup=1", "tower.plain_share=0.6", "tower.collage_share=0.6"), "exceeds 1"),
+        (STAGE2, ("data.versions=0",), "data.versions=0; pass 1 or more"),
+        (STAGE2, ("data.versions=2", "data.tokens=x"), "data.versions=2 are made of the images at the start"),
+        (VQ, ("tower.collage_share=0.2",), "tower.collage_labels and tower.collage_share belong together"),
+        (VQ, ('tower.collage_labels=["style"]',), "tower.collage_labels names style, not in tower.labels; valid: caption"),
         (STAGE2, ("train.stage=stage3",), "unknown train.stage 'stage3'; did you mean 'stage2'?"),
         (STAGE2, ("train.mmu_batch=0",), "train.mmu_batch=0, but stage2 trains mmu and t2i"),
         (STAGE2, ("train.stage=stage1_t2i",), "train.mmu_batch=4, but stage1_t2i trains t2i"),
@@ -143,6 +148,17 @@ def test_overrides_of_the_recipe_itself(read):
             ("train.train_backbone=true", "preset=1.3b"),
             "train.train_backbone=true is for presets without a pretrained backbone, not for 1.3b",
         ),
+        (STAGE2, ("train.stage=lora_t2i", "train.mmu_batch=0"), "lora_t2i trains the LoRA of a finished model: name init.model"),
+        (STAGE2, ("init.adapter=folder",), "init.adapter goes into a finished model: name init.model"),
+        (STAGE2, ("model.lora.rnk=0",), "unknown key 'rnk' in lora; did you mean 'rank'"),
+        (STAGE2, ("model.backbone=8",), "model.backbone=8 is not a section"),
+        (STAGE2, ("model=8",), r"model=8 must be a section|override"),
+        (STAGE2, ("train.parallel=fdsp",), "train.parallel='fdsp'; did you mean 'fsdp'"),
+        (STAGE2, ("train.tracker=wand",), "train.tracker='wand'; did you mean 'wandb'"),
+        (STAGE2, ("train.best=mmu",), "train.best='mmu' is a figure of the validation; set train.val_every"),
+        (STAGE2, ("train.best_is=low",), "train.best_is='low'; valid: lowest, highest"),
+        (STAGE2, ("train.accumulate=0",), "train.accumulate=0; pass 1 or more"),
+        (VQ, ("data.max_broken=3",), "data.max_broken=3 is for omnimamba recipes; a vq needs all of its images"),
         (STAGE2, ("init.mmu=folder",), "init.mmu and init.t2i belong together"),
         (STAGE2, ("data.captions=",), "stage2 paints: name data.captions"),
         (STAGE2, ("data.conversations=",), "stage2 reads images: name data.conversations"),

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from omnimamba.train import checkpoint, loop
 from omnimamba.train.config import Data, Init, Recipe, Samples, TowerTraining, Train, VQTraining
+from omnimamba.train.interrupt import STOP_SIGNALS, Interrupted
 from omnimamba.train.run import make_objective
 
 CPU = torch.device("cpu")
@@ -18,7 +21,7 @@ class Stopped(Exception):
     """What ends a run from outside."""
 
 
-class Toy:
+class Toy(loop.Objective):
     """Two players that pull at the same number from both sides."""
 
     def __init__(self):
@@ -117,9 +120,9 @@ def test_averages_are_what_is_validated_and_exported(tmp_path, log_lines):
 
     toy, recipe = Exporting(), toy_recipe(tmp_path, ema=0.9, val_every=1, save_every=6)
     loop.run(toy, recipe, CPU)
-    _, tensors, _ = checkpoint.load(tmp_path / "run/checkpoints/step-00000006", fingerprint=loop.recipe_fingerprint(recipe))
-    assert toy.exported == tensors["one-ema"]["weight"].item() == log_lines(recipe.out, "val")[-1]["weight"]
-    assert tensors["one"]["weight"].item() < toy.exported < 2
+    tensors = checkpoint.read(tmp_path / "run/checkpoints/step-00000006")
+    assert toy.exported == tensors["one/average/weight"].item() == log_lines(recipe.out, "val")[-1]["weight"]
+    assert tensors["one/weights/weight"].item() < toy.exported < 2
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -152,23 +155,79 @@ def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(tmp_path):
     assert [row[1] for row in toy.seen] == [6, 6, 7, 7]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_ends(tmp_path, number):
+    class Signalled(Toy):
+        def loss(self, player, batch, step, generator):
+            if player == "two" and step == 3:
+                os.kill(os.getpid(), number)
+            return super().loss(player, batch, step, generator)
+
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    toy, recipe = Signalled(), toy_recipe(tmp_path, ema=0.9)
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step 4; the same command goes on from there") as stop:
+        loop.run(toy, recipe, CPU)
+    assert stop.value.exit_code == 128 + number
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    rest, whole = Toy(), Toy()
+    loop.run(rest, recipe, CPU)
+    loop.run(whole, toy_recipe(tmp_path / "whole", ema=0.9), CPU)
+    assert toy.seen + rest.seen == whole.seen
+    assert torch.equal(rest.one.weight, whole.one.weight) and torch.equal(rest.two.weight, whole.two.weight)
+
+
+@pytest.mark.parametrize(("is_highest", "at"), [(False, 4), (True, 2)])
+def test_the_best_is_kept_and_exported(tmp_path, is_highest, at):
+    class Judged(Toy):
+        def validate(self):
+            return {"score": {1: 3.0, 2: 9.0, 3: 2.0, 4: 1.0, 5: 1.0, 6: 4.0}[self.seen[-1][1] + 1]}
+
+        def export(self, folder):
+            folder.mkdir(parents=True)
+            (folder / "weight").write_text(str(self.one.weight.item()))
+
+    options = {"ema": 0.5, "val_every": 1, "save_every": 3, "keep_checkpoints": 1, "best": "score"}
+    recipe = toy_recipe(tmp_path, best_is="highest" if is_highest else "lowest", **options)
+    with stopped_at(objective := Judged(), 5):
+        loop.run(objective, recipe, CPU)
+    loop.run(Judged(), recipe, CPU)
+    folders = checkpoint.step_folders(tmp_path / "run" / "checkpoints")
+    assert [folder.name for folder in folders] == [f"step-0000000{at}", "step-00000006"]
+    weights = [checkpoint.read(folder)["one/average/weight"].item() for folder in folders]
+    assert [float((tmp_path / "run" / name / "weight").read_text()) for name in ("best", "model")] == weights
+    with pytest.raises(ValueError, match="train.best='scor': a validation has no such figure; did you mean 'score'"):
+        loop.run(Judged(), toy_recipe(tmp_path / "other", **options | {"best": "scor"}), CPU)
+
+
 def test_fingerprint_ignores_reports_and_the_length_of_the_run():
     recipe = Recipe("vq", "tiny", Train(steps=1, lr=1.0, batch=1))
     fingerprint = loop.recipe_fingerprint(recipe)
     assert fingerprint == loop.recipe_fingerprint(dataclasses.replace(recipe, out="other", samples=Samples(("a",))))
     other = {int: 7, float: 0.5, bool: True, str: "other", tuple: ("caption",), dict: {"caption": 0.5}}
     ignored = set()
+    valid = {"precision": "fp32", "images": "folder", "text_width": 64, "best_is": "highest", "parallel": "fsdp", "tracker": "wandb"}
     for section, cls in (("train", Train), ("init", Init), ("data", Data), ("vq", VQTraining), ("tower", TowerTraining)):
         for field in dataclasses.fields(cls):
+            if field.name in ("max_broken", "streaming"):
+                continue  # not for every recipe
             part = getattr(recipe, section)
-            value = {"precision": "fp32", "images": "folder", "text_width": 64}.get(field.name) or other[type(getattr(part, field.name))]
+            value = valid.get(field.name) or other[type(getattr(part, field.name))]
             value = not getattr(part, field.name) if value is True else value
-            more = {"texture_labels": {"plain_share": 0.1}, "mmu": {"t2i": "x"}, "t2i": {"mmu": "x"}}.get(field.name, {})
+            more = {
+                "collage_labels": {"collage_share": 0.1},
+                "collage_share": {"collage_labels": ("caption",)},
+                "mmu": {"t2i": "x"},
+                "t2i": {"mmu": "x"},
+                "best": {"val_every": 1},
+                "adapter": {"model": "x"},
+            }.get(field.name, {})
             values = dataclasses.asdict(part) | {field.name: value} | more
             if loop.recipe_fingerprint(dataclasses.replace(recipe, **{section: cls(**values)})) == fingerprint:
                 ignored.add(field.name)
-    reports = {"steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints"}
-    assert ignored == {*reports, "in_memory", "num_threads", "val_split"}
+    reports = {"steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints", "best", "best_is", "tracker"}
+    placement = {"accumulate", "recompute", "loss_chunk", "parallel"}
+    assert ignored == {*reports, *placement, "in_memory", "num_threads", "val_split"}
 
 
 def test_batches_are_made_ahead():
@@ -222,8 +281,8 @@ def test_resumed_run_is_the_same_to_the_bit(recipe, kind, ema, tmp_path, folder_
     assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-00000003"]
     loop.run(make_objective(parts, CPU), parts, CPU)
 
-    for folder in ("checkpoints/step-00000006", "model"):
-        one, other = folder_tensors(tmp_path / "run" / folder), folder_tensors(tmp_path / "parts" / folder)
+    for folder, tensors in (("checkpoints/step-00000006", checkpoint.read), ("model", folder_tensors)):
+        one, other = tensors(tmp_path / "run" / folder), tensors(tmp_path / "parts" / folder)
         assert one.keys() == other.keys() and one
         different = [name for name in one if not torch.equal(one[name], other[name])]
         assert not different, different[:5]

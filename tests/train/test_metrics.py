@@ -1,7 +1,9 @@
 """Figures of a run, as JSON lines and as TensorBoard events."""
 
+import inspect
 import logging
 import sys
+import types
 
 import pytest
 
@@ -15,7 +17,10 @@ def test_lines_and_events(tmp_path, log_lines):
         log.report(1, {"loss": 2.5, "lr": 1e-3})
         log.report(2, {"loss": 1.5})
         log.report(2, {"psnr": 20.0}, kind="val")
-    with RunLog(tmp_path / "new") as log:  # a run that is resumed adds to it
+        log.report(3, {"loss": 7.0})
+    with (tmp_path / "new" / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "ki')  # where it was killed
+    with RunLog(tmp_path / "new", first=2) as log:  # a run that is resumed adds to it
         log.report(3, {"loss": 0.5})
     lines = log_lines(tmp_path / "new")
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 2.5), (2, 1.5), (3, 0.5)]
@@ -46,3 +51,40 @@ def test_closed_after_an_error(tmp_path):
     with pytest.raises(KeyError), RunLog(tmp_path) as log:
         raise KeyError
     assert log.file.closed
+
+
+def test_plot(tmp_path):
+    from PIL import Image
+
+    with RunLog(tmp_path) as log:
+        for step in range(1, 4):
+            log.report(step, {"loss": 1 / step, "mmu": 2 / step, "lr": 1e-3})
+        log.report(3, {"mmu": 0.7, "mmu_exact": 0.5}, kind="val")
+    with Image.open(tmp_path / "losses.png") as plot:
+        assert plot.width > 2 * plot.height  # two panels
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers(tmp_path, monkeypatch, name):
+    calls = []
+    fake = types.SimpleNamespace(
+        init=lambda **options: calls.append(("init", options["project"], options["name"], options["resume"])),
+        log=lambda figures, step: calls.append(("log", step, figures)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, name, fake)
+    with RunLog(tmp_path, tracker=name) as log:
+        log.report(1, {"loss": 2.5})
+    assert calls == [("init", "omnimamba", str(tmp_path), "allow"), ("log", 1, {"train/loss": 2.5}), ("finish",)]
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"train.tracker='{name}' needs the package {name}; `pip install {name}` installs it"):
+        RunLog(tmp_path / "new", tracker=name)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_what_the_trackers_take(name):
+    """Their `init` has the arguments that are passed."""
+    module = pytest.importorskip(name)
+    expected = {"project", "name", "resume"} | ({"id", "dir"} if name == "wandb" else set())
+    assert expected <= inspect.signature(module.init).parameters.keys()

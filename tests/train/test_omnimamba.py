@@ -1,27 +1,37 @@
 """The stages of the language model: what trains, what stays, what comes out, and where a run may start."""
 
 import dataclasses
+import io
+import json
 import logging
+import shutil
+import tarfile
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from omnimamba.config import Task, preset
-from omnimamba.data.prepare import tokenize_images
+from omnimamba.data.prepare import ImageSet, tokenize_images
 from omnimamba.data.text import Conversation
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.model import hub
 from omnimamba.model.omnimamba import IGNORE_INDEX, OmniMambaModel
 from omnimamba.processor.image import load_image
 from omnimamba.train import loop
-from omnimamba.train.omnimamba import OmniMambaObjective, joined, load_backbone
+from omnimamba.train.omnimamba import OmniMambaObjective, load_backbone
 from omnimamba.train.run import make_objective
-from omnimamba.train.stages import BACKBONE_GROUPS, STAGES, group_of
+from omnimamba.train.stages import BACKBONE_GROUPS, LORA_STAGES, STAGES, group_of
+from omnimamba.train.task_data import joined
 
 CPU = torch.device("cpu")
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def state_of(model):
@@ -35,13 +45,15 @@ def run(recipe):
 
 
 @pytest.mark.parametrize("train_backbone", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in LORA_STAGES])
 def test_what_trains_and_what_comes_out(recipe, log_lines, encoders, stage, train_backbone):
     r = recipe(stage, train_backbone=train_backbone, val_every=4, sample_every=4)
     _, before, folder = run(r)
     lines, tasks = log_lines(r.out), STAGES[stage].tasks
     assert len(lines) == 4 and all(set(tasks) <= line.keys() for line in lines)
-    assert log_lines(r.out, "val")[0].keys() - {"step", "kind", "time"} == set(tasks)
+    figures = {name for name in log_lines(r.out, "val")[0] if name not in ("step", "kind", "time")}
+    assert {name for name in figures if not name.startswith("mmu_exact")} == set(tasks)
+    assert ("mmu_exact" in figures) == ("mmu" in tasks)
 
     after = load_file(folder / "model.safetensors")
     trains = {*STAGES[stage].trains, *(BACKBONE_GROUPS if train_backbone else ())}
@@ -91,8 +103,8 @@ def test_understanding_batch(recipe):
     """Markers, text and labels in the layout of the prompts; pixels of the rows that have an image."""
     objective = make_objective(recipe("stage1_mmu", mmu_batch=4), CPU)
     data, tok = objective.mmu, objective.mmu.tok
-    with_image = next(i for i, (_, _, image) in enumerate(data.samples) if image == "train-3")
-    text_only = next(i for i, (_, _, image) in enumerate(data.samples) if image is None)
+    with_image = next(i for i, sample in enumerate(data.samples) if sample.image == "train-3")
+    text_only = next(i for i, sample in enumerate(data.samples) if sample.image is None)
     batch = data.batch([text_only, with_image, with_image])
     assert batch.ids.shape[1] % 16 == 0 and batch.labels.shape == (3, batch.ids.shape[1] - 4)
     assert batch.ids[:, :4].tolist() == [[tok.mmu_id, tok.soi_id, tok.eoi_id, tok.sot_id]] * 3
@@ -109,9 +121,25 @@ def test_understanding_batch(recipe):
     assert losses["loss"].isfinite()
 
 
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_mean_by_sample(recipe, by_sample):
+    """By sample, a long answer counts as much as a short one."""
+    objective = make_objective(recipe("stage1_mmu", mean_by_sample=by_sample), CPU)
+    objective.model.eval()
+    data = objective.mmu
+    short, long = (f(range(len(data.samples)), key=lambda i: len(data.samples[i].labels)) for f in (min, max))
+
+    def mean_loss(idx):
+        batch = data.batch(idx)
+        return (objective.losses({Task.MMU: objective.mmu_inputs(batch, None)})[Task.MMU] / batch.num_labels).item()
+
+    mean_of_samples = (mean_loss([short]) + mean_loss([long])) / 2
+    assert (mean_loss([short, long]) == pytest.approx(mean_of_samples, rel=1e-5)) == by_sample
+
+
 def test_alignment_learns_the_answer_alone(recipe, change):
     data = make_objective(change(recipe("stage1_mmu"), "data", alignment=True), CPU).mmu
-    ids, labels, image = data.samples[0]
+    ids, labels, image, _ = data.samples[0]
     assert image == "train-0" and ids == labels and data.tok.decode(ids) == "red circle"
 
 
@@ -150,13 +178,33 @@ def test_painting_batch(recipe, data_folder, tmp_path, change):
 
     # ids made beforehand are the same
     for split in ("train", "val"):
-        tokenize_images(data_folder, split, tmp_path / f"{split}.parquet", vq=objective.vq)
+        tokenize_images(ImageSet(str(data_folder), split=split), tmp_path / f"{split}.parquet", make_vq=lambda: objective.vq)
     other = make_objective(change(change(r, "data", tokens=str(tmp_path / "{split}.parquet")), "init", vq=""), CPU)
     assert torch.equal(other.t2i.image_ids, data.image_ids) and other.vq is None
     (tmp_path / "train.parquet").unlink()
-    tokenize_images(data_folder, "val", tmp_path / "train.parquet", vq=objective.vq)
-    with pytest.raises(ValueError, match="12 captioned images have no VQ ids, e.g. train-0; tokenize them"):
+    tokenize_images(ImageSet(str(data_folder), split="val"), tmp_path / "train.parquet", make_vq=lambda: objective.vq)
+    with pytest.raises(ValueError, match="12 captioned images have no VQ ids; tokenize them, e.g. train-0"):
         make_objective(change(r, "data", tokens=str(tmp_path / "{split}.parquet")), CPU)
+
+
+def test_versions_of_painted_images(recipe, change):
+    r = change(change(recipe("stage1_t2i"), "data", versions=3), "augment_painting", scale=0.3, rotate=20)
+    objective = make_objective(r, CPU)
+    ids = objective.t2i.image_ids
+    assert ids.shape == (12, 3, 64) and torch.equal(make_objective(r, CPU).t2i.image_ids, ids)
+    assert torch.equal(ids[:, :1], make_objective(recipe("stage1_t2i"), CPU).t2i.image_ids)
+    assert all((ids[:, i] != ids[:, j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+    drawn = objective.t2i.batch([5] * 50, np.random.default_rng(0), 0.0).image_ids
+    assert {tuple(row) for row in drawn.tolist()} == {tuple(row) for row in ids[5].tolist()}
+    assert objective.val_t2i.image_ids.shape[1] == 1
+
+
+def test_noise_is_read_and_not_learned(recipe):
+    objective = make_objective(recipe("stage1_t2i", image_token_noise=0.25, t2i_batch=12), CPU)
+    batch = objective.batch(0)[Task.T2I]
+    _, ids, read = objective.t2i_inputs(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(ids, batch.image_ids) and 0.15 < (read != ids).float().mean() < 0.3
+    assert torch.equal(objective.t2i_inputs(batch, None)[2], ids)
 
 
 def test_images_of_a_folder(recipe, change, tmp_path):
@@ -173,6 +221,76 @@ def test_images_of_a_folder(recipe, change, tmp_path):
     (tmp_path / "b.jpg").unlink()
     with pytest.raises(ValueError, match="1 of 2 images are missing, e.g. b.jpg"):
         make_objective(r, CPU)
+
+
+def test_broken_images_are_skipped_up_to_a_limit(recipe, change, tmp_path, caplog):
+    """Never a text-only sample in their place."""
+    rows = []
+    for i in range(6):
+        rows.append({"image": f"{i}.png", "conversations": turns("What?", f"answer {i}")})
+        if i < 4:
+            Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").write_bytes(b"no image")  # and 5.png is missing
+    (tmp_path / "talk.json").write_text(json.dumps(rows))
+    r = change(recipe("stage1_mmu", mmu_batch=5), "data", folder=str(tmp_path), images="folder", conversations="talk.json", val_split="")
+    with pytest.raises(ValueError, match="1 of 6 images are missing, e.g. 5.png"):
+        make_objective(r, CPU)
+    one = make_objective(change(r, "data", max_broken=1), CPU)
+    with pytest.raises(ValueError, match="image '4.png': .*; more than data.max_broken=1 are broken"):
+        one.batch(0)
+    for in_memory in (False, True):
+        objective = make_objective(change(r, "data", max_broken=2, in_memory=in_memory), CPU)
+        batches = [objective.batch(step)[Task.MMU] for step in range(4)]
+        assert all(len(batch.pixels) == len(batch.image_rows) == 5 for batch in batches)
+        said = {objective.mmu.tok.decode(row[row != IGNORE_INDEX].tolist()) for batch in batches for row in batch.labels}
+        assert said == {f"answer {i}" for i in range(4)}
+        reds = [int(pixels[0, 0, 0]) // 40 for batch in batches for pixels in batch.pixels]
+        assert [f"answer {red}" for red in reds] == [
+            objective.mmu.tok.decode(row[row != IGNORE_INDEX].tolist()) for batch in batches for row in batch.labels
+        ]
+    assert (
+        "1 of 6 images are missing, e.g. 5.png; they are left out" in caplog.text
+        and "image '4.png' is left out, 2 of at most 2" in caplog.text
+    )
+
+
+def test_a_dataset_of_hugging_face(recipe, change, data_folder, tmp_path):
+    """Columns in place of files; the Parquet files of the tiny data set and WebDataset shards of the same drawings."""
+    rows = pq.read_table(data_folder / "train-00000-of-00002.parquet").to_pylist()
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            talk = json.dumps({"conversations": turns("What is this?", row["caption"])})
+            for suffix, content in (("png", row["image"]["bytes"]), ("txt", row["caption"].encode()), ("json", talk.encode())):
+                member = tarfile.TarInfo(f"drawing-{i}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    base = change(recipe("stage2"), "data", images="datasets", val_split="", captions="column:caption", conversations="column:talk")
+    shards = change(base, "data", folder=str(tmp_path), image_column="png", captions="column:txt", conversations="column:json")
+    objective = make_objective(shards, CPU)
+    assert objective.t2i.captions == [(row["caption"],) for row in rows]
+    batch = objective.mmu.batch([2])
+    assert objective.mmu.tok.decode(batch.labels[0][batch.labels[0] != IGNORE_INDEX].tolist()) == rows[2]["caption"]
+    plain = make_objective(recipe("stage2"), CPU)
+    position = plain.mmu.images.position[rows[2]["id"]]
+    assert torch.equal(batch.pixels, plain.mmu.images.get([position]))
+    assert torch.equal(objective.t2i.image_ids, plain.t2i.image_ids[: len(rows)])
+
+    (tmp_path / "parquet").mkdir()
+    for file in data_folder.glob("*.parquet"):
+        shutil.copy(file, tmp_path / "parquet")
+    files = change(
+        recipe("stage1_t2i"), "data", folder=str(tmp_path / "parquet"), images="datasets", captions="column:caption", val_split=""
+    )
+    painting = make_objective(files, CPU).t2i
+    assert len(painting.captions) == 12 and torch.equal(painting.image_ids, plain.t2i.image_ids)
+    for values, message in (
+        ({"captions": "column:captions"}, "no column captions in the data set; it has "),
+        ({"image_column": "picture"}, "no column picture; name one of .* as data.image_column"),
+        ({"train_split": "test"}, "split test: `datasets` cannot read it"),
+        ({"captions": "column:id", "images": "parquet"}, "data.captions=column:id names a column, which only data.images='datasets' has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_objective(change(files, "data", **values), CPU)
 
 
 # ---- starts
@@ -214,6 +332,49 @@ def test_stage2_starts_from_both_stage1_results(recipe, change):
 def test_what_cannot_run_is_said_before_it_starts(recipe, change, section, values, message):
     with pytest.raises(ValueError, match=message):
         make_objective(change(recipe("stage2"), section, **values), CPU)
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("lora_mmu", {"t2i_batch": 0}), ("lora_t2i", {"mmu_batch": 0})])
+def test_lora_of_a_finished_model(recipe, change, tmp_path, stage, batch):
+    """Only the LoRA of the task changes; the model's encoders are used; the adapter by itself makes the same model again."""
+    first = recipe("stage2", steps=2)
+    base = loop.run(make_objective(first, CPU), dataclasses.replace(first, out=str(tmp_path / "first")), CPU)
+    start = {"model": str(base), "tokenizer": "", "vision": "", "vq": ""}
+    values = {"mmu_batch": 2, "t2i_batch": 2, "stage": stage} | batch
+    r = change(dataclasses.replace(first, init=dataclasses.replace(first.init, **start)), "train", **values)
+    folder = loop.run(make_objective(r, CPU), r, CPU)
+    before, after = (load_file(path / "model.safetensors") for path in (base, folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and {group_of(name) for name in changed} == set(STAGES[stage].trains)
+
+    again = change(r, "init", adapter=str(folder / "adapter"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in make_objective(again, CPU).model.state_dict().items())
+    assert OmniMamba.from_pretrained(folder, device="cpu").generate_image("red circle", seed=0)
+
+
+@pytest.mark.parametrize("model", [{"lora": {"rank": 0}}, {"unified_vocabulary": True}], ids=["no task LoRA", "unified vocabulary"])
+def test_ablated_models(recipe, model):
+    """They train, are saved, and are used as any other; their config says what they are."""
+    r = dataclasses.replace(recipe("stage2", steps=3, precision="fp32"), model=model)
+    _, _, folder = run(r)
+    names = set(load_file(folder / "model.safetensors"))
+    assert not any("lora" in name for name in names) if "lora" in model else not any("image_mlp" in name for name in names)
+    omni = OmniMamba.from_pretrained(folder, device="cpu")
+    assert omni.config == r.config != preset("tiny")
+    assert omni.generate_image("red circle", seed=0)[0].size == (32, 32)
+    assert isinstance(omni.describe(Image.new("RGB", (40, 30), "red"), max_new_tokens=4), str)
+
+
+def test_a_unified_vocabulary_scores_both(recipe):
+    """Each loss is over the text tokens and the image tokens together."""
+    r = dataclasses.replace(recipe("stage2"), model={"unified_vocabulary": True})
+    model = make_objective(r, CPU).model.eval()
+    hidden, labels = torch.randn(5, 64), torch.arange(5)
+    both = torch.cat([model.text_embedding.weight, model.image_embedding.weight])
+    for task, first in ((Task.MMU, 0), (Task.T2I, len(model.text_embedding.weight))):
+        expected = torch.nn.functional.cross_entropy(hidden @ both.mT, labels + first, reduction="sum")
+        torch.testing.assert_close(model.loss_sum(hidden, labels, task, 0), expected)
+        torch.testing.assert_close(model.loss_sum(hidden, labels, task, 2), expected)
 
 
 # ---- a language model to start from

@@ -9,7 +9,15 @@ from torch import nn
 from omnimamba.config import preset
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.train.config import Train
-from omnimamba.train.optim import MovingAverage, adamw, learned_state, learning_rate, trainable
+from omnimamba.train.optim import (
+    MovingAverage,
+    adamw,
+    learned_state,
+    learning_rate,
+    optimizer_tensors,
+    prepare_optimizer,
+    trainable,
+)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +113,34 @@ def test_training_goes_on_after_a_swap_and_back():
     assert all(map(torch.equal, train(False), train(True)))
 
 
-def test_moving_average_from_a_checkpoint(network):
-    average = MovingAverage(network, 0.9)
-    loaded = {name: torch.full_like(tensor, 2.0) for name, tensor in average.averages.items()}
-    average.load(loaded)
-    assert all(torch.equal(average.averages[name], loaded[name]) for name in loaded)
-    average.update(1000)
-    torch.testing.assert_close(average.averages["0.weight"], 0.9 * loaded["0.weight"] + 0.1 * network[0].weight.detach())
+def test_optimizer_from_its_tensors():
+    """A new optimizer with the tensors of another makes the same updates."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 1))
+
+    def step(network, optimizer, x):
+        network[:2](x).sum().backward()  # the last layer has no update
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one = network()
+    optimizer = adamw(one.parameters(), Train(lr=0.1))
+    for x in (torch.ones(1, 2), torch.tensor([[0.5, -2.0]])):
+        step(one, optimizer, x)
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(one, optimizer).items()}
+    assert tensors.keys() == {
+        f"{i}.{part}/{kind}" for i in (0, 1) for part in ("weight", "bias") for kind in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+    other = network()
+    other.load_state_dict(one.state_dict())
+    resumed = adamw(other.parameters(), Train(lr=0.1))
+    prepare_optimizer(other, resumed, tensors)
+    for name, tensor in optimizer_tensors(other, resumed).items():
+        tensor.copy_(tensors[name])
+    for x in (torch.tensor([[3.0, 1.0]]), torch.ones(1, 2)):
+        step(one, optimizer, x)
+        step(other, resumed, x)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())

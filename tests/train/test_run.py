@@ -44,8 +44,8 @@ def test_the_whole_chain(data_folder, tmp_path, monkeypatch):
     batches = {
         "2-vq": ["train.batch=4"],
         "3-tower": ["train.batch=6"],
-        "4-stage1-mmu": ["train.mmu_batch=4"],
-        "5-stage1-t2i": ["train.t2i_batch=4"],
+        "5-stage1-mmu": ["train.mmu_batch=4"],
+        "4-stage1-t2i": ["train.t2i_batch=4"],
         "6-stage2": ["train.mmu_batch=4", "train.t2i_batch=4"],
     }
     few = ["train.steps=4", "train.log_every=1", "train.val_every=2", "train.save_every=2"]
@@ -54,7 +54,7 @@ def test_the_whole_chain(data_folder, tmp_path, monkeypatch):
         if path.stem in batches:
             overrides += [*few, *batches[path.stem]]
         if "stage" in path.stem:
-            overrides += ["train.sample_every=4", 'samples.prompts=["red circle", "blue line"]', "samples.num_images=2"]
+            overrides += ["data.kinds=[]", "train.sample_every=4", 'samples.prompts=["red circle", "blue line"]', "samples.num_images=2"]
         folder = train(path, overrides, device="cpu")
         assert folder.resolve() == tmp_path / "runs" / "nano" / path.stem / "model"
 
@@ -68,3 +68,28 @@ def test_the_whole_chain(data_folder, tmp_path, monkeypatch):
     model.save_pretrained("again")
     again = OmniMamba.from_pretrained("again", device="cpu").bundle.model.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.bundle.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.folder=/none", "data.folder=/none: no such folder; "),
+        ("data.captions=t2i-{split}.json", "data.captions: .*t2i-train.json: no such file; did you mean 't2i-train.jsonl'"),
+        ("data.conversations=talk.json", "data.conversations: .*talk.json: no such file; "),
+        ("data.val_split=vol", "data.conversations: .*understanding-vol.jsonl: no such file; did you mean 'understanding-val.jsonl.gz'"),
+        ("data.tokens=tokens.parquet", "data.tokens: .*tokens.parquet: no such file; "),
+        (
+            "init.vq=/none/vq.safetensors",
+            "init.vq=/none/vq.safetensors: no such file; there is no folder /none either. The recipe",
+        ),
+        ("init.vision={encoders}/vison.safetensors", "init.vision=.*: no such file; did you mean 'vision.safetensors'"),
+        ("init.model=no/such/folder/", "there is no file or folder 'no/such/folder/'"),
+        ("init.model=tiny", "'tiny' is a preset, a shape without weights"),
+        ("train.t2i_batch=0", "train.t2i_batch=0, but stage2 trains mmu and t2i"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_model_is_built(plain_stage2, encoders, monkeypatch, override, message):
+    monkeypatch.setattr("omnimamba.train.omnimamba.OmniMambaModel", None)
+    with pytest.raises(ValueError, match=message) as error:
+        train(plain_stage2, [override.replace("{encoders}", str(encoders))], device="cpu")
+    assert "\n" not in str(error.value)

@@ -36,7 +36,14 @@ def test_four_steps(recipe, log_lines, tokenizer_file):
 
 
 def test_it_learns(recipe, log_lines, change):
-    r = change(recipe("tower", steps=60, lr=3e-3, batch=12, val_every=60), "tower", mixup=0.0, plain_share=1.0, texture_share=0.0)
+    r = change(
+        recipe("tower", steps=60, lr=3e-3, batch=12, val_every=60),
+        "tower",
+        mixup=0.0,
+        plain_share=1.0,
+        collage_share=0.0,
+        collage_labels=(),
+    )
     loop.run(make_objective(r, CPU), r, CPU)
     assert log_lines(r.out, "val")[0]["caption_accuracy"] == 1  # the drawings of val are those of train
 
@@ -50,13 +57,13 @@ def test_start_from_a_finished_tower(recipe, change, tmp_path):
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
 
 
-@pytest.mark.parametrize("shares", [(0.0, 0.0, ()), (1.0, 0.0, ("style",)), (0.0, 1.0, ("style",)), (0.5, 0.5, ("style",))])
+@pytest.mark.parametrize("shares", [(0.0, 0.0, ()), (1.0, 0.0, ()), (0.0, 1.0, ("style",)), (0.5, 0.5, ("style",))])
 def test_shares_of_a_batch(recipe, change, log_lines, shares):
-    plain, texture, labels = shares
-    r = change(recipe("tower", steps=2), "tower", plain_share=plain, texture_share=texture, texture_labels=labels)
+    plain, collages, labels = shares
+    r = change(recipe("tower", steps=2), "tower", plain_share=plain, collage_share=collages, collage_labels=labels)
     r = change(r, "augment_plain", shift=0.1)
-    if texture == 1:
-        r = change(r, "tower", labels={"style": 1.0})
+    if collages + plain == 1:
+        r = change(r, "tower", labels={"style": 1.0} if collages == 1 else {"caption": 1.0} | dict.fromkeys(labels, 1.0))
     loop.run(make_objective(r, CPU), r, CPU)
     assert len(log_lines(r.out)) == 2
 

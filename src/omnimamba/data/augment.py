@@ -33,9 +33,6 @@ class Augmentation:
     """Probability that an image becomes a black line drawing of its edges."""
     erase: float = 0.0
     """Probability that one rectangle of up to 1/9 of the image is replaced by one colour."""
-    texture: float = 0.0
-    """Probability that an image is cut into 2x2, 4x4 or 8x8 tiles, which are put back in any order, and that all is turned and
-    mirrored: what it shows is lost, how it is drawn stays, to the pixel. A strip that no tile fits into stays in its place."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -47,13 +44,28 @@ def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) 
     """A changed copy of images [b, 3, h, w] in [0, 1]; each image has changes of its own."""
     if not len(images):
         return images
-    images = _texture(images, settings, generator)
     images = _affine(images, settings, generator)
     images = _outline(images, settings, generator)
     images = _colour(images, settings, generator)
     if settings.erase:
         images = _erase(images, settings.erase, generator)
     return images
+
+
+def collage(images: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [b, 3, h, w] of 2x2, 4x4 or 8x8 tiles, each tile taken from the same place of a random image of the group.
+
+    What an image shows is lost, what its group [b] has in common stays. The sides are multiples of 8.
+    """
+    b, _, h, w = images.shape
+    device = images.device
+    same = (groups[:, None] == groups[None, :]).float().to(generator.device)
+    partners = torch.multinomial(same, 64, replacement=True, generator=generator).to(device)
+    tiles = 2 ** torch.randint(1, 4, (b, 1, 1), generator=generator, device=generator.device).to(device)  # per side
+    y, x = torch.arange(h, device=device)[None, :, None], torch.arange(w, device=device)[None, None, :]
+    tile = y * tiles // h * tiles + x * tiles // w
+    source = partners.gather(1, tile.flatten(1)).view(b, h, w)
+    return images[source, :, y, x].permute(0, 3, 1, 2)
 
 
 def _uniform(b: int, half_range: float, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,30 +95,6 @@ def _affine(images: Tensor, settings: Augmentation, generator: torch.Generator) 
     second = torch.stack([sin + cos * shear_y, sin * shear_x + cos, y], -1)
     grid = F.affine_grid(torch.stack([first, second], 1), list(images.shape), align_corners=False)
     return F.grid_sample(images - 1, grid.to(images.dtype), padding_mode="zeros", align_corners=False) + 1  # zeros are white
-
-
-def _texture(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    if not settings.texture:
-        return images
-    b, _, h, w = images.shape
-    device = images.device
-    tiles = 2 ** torch.randint(1, 4, (b, 1), generator=generator, device=generator.device).to(device)  # per side
-    order = torch.rand(b, 64, generator=generator, device=generator.device).to(device)
-    place = torch.arange(64, device=device)
-    order = order.masked_fill(place >= tiles**2, 2).argsort(1)  # [b, 64] a permutation of the first tiles**2
-    turn = torch.randint(0, 2, (3, b, 1, 1), generator=generator, device=generator.device).to(device).bool()
-    y, x = torch.arange(h, device=device)[None, :, None], torch.arange(w, device=device)[None, None, :]
-    tile_h, tile_w = h // tiles[:, :, None], w // tiles[:, :, None]
-    row, column = y // tile_h, x // tile_w
-    is_tiled = (row < tiles[:, :, None]) & (column < tiles[:, :, None])
-    source = order.gather(1, (row * tiles[:, :, None] + column).masked_fill(~is_tiled, 0).flatten(1)).view(b, h, w)
-    from_y = torch.where(is_tiled, source // tiles[:, :, None] * tile_h + y % tile_h, y)
-    from_x = torch.where(is_tiled, source % tiles[:, :, None] * tile_w + x % tile_w, x)
-    from_y, from_x = torch.where(turn[0], h - 1 - from_y, from_y), torch.where(turn[1], w - 1 - from_x, from_x)
-    if h == w:
-        from_y, from_x = torch.where(turn[2], from_x, from_y), torch.where(turn[2], from_y, from_x)
-    shuffled = images.flatten(2).gather(2, (from_y * w + from_x).view(b, 1, h * w).expand(b, 3, h * w)).view_as(images)
-    return torch.where(_chosen(b, settings.texture, images, generator), shuffled, images)
 
 
 def _outline(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:

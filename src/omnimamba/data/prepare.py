@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from omnimamba.config import EOS_TOKEN
-from omnimamba.data.images import Images, import_pyarrow, open_parquet_images, read_rows
-from omnimamba.model.files import whole_file
+from omnimamba.config import EOS_TOKEN, nearest_name
+from omnimamba.data.augment import unit_range
+from omnimamba.data.huggingface import open_dataset, open_dataset_images
+from omnimamba.data.images import (
+    IMAGE_COLUMN,
+    BrokenImages,
+    Images,
+    LazyImages,
+    import_pyarrow,
+    open_folder_images,
+    open_parquet_images,
+    read_rows,
+)
+from omnimamba.data.shards import OnProgress, Work, digest, run_here
 from omnimamba.model.vq import VQModel
+from omnimamba.model.weights import checksum
 
-OnProgress = Callable[[int, int], None]
-"""(images done, images in all)"""
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -39,28 +53,105 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 @torch.no_grad()
-def image_ids(vq: VQModel, images: Images, *, batch: int = 64, on_progress: OnProgress | None = None) -> Tensor:
-    """VQ ids [n, k] int32 of all images, row-major, on the CPU. The images are squares of the tokenizer's size."""
-    device, rows = next(vq.parameters()).device, []
-    for start in range(0, len(images), batch):
-        pixels = images.get(range(start, min(start + batch, len(images)))).to(device)
-        rows.append(vq.encode(pixels.float() / 127.5 - 1).ids.flatten(1).int().cpu())
-        if on_progress is not None:
-            on_progress(min(start + batch, len(images)), len(images))
-    return torch.cat(rows) if rows else torch.empty(0, vq.config.num_image_tokens, dtype=torch.int32)
+def image_ids(
+    vq: VQModel, images: Images, items: range | None = None, *, batch: int = 64, change: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """VQ ids [k] int32 by name of the images at `items` (None: all), row-major, on the CPU, without those of broken images.
+
+    The images are squares of the tokenizer's size. change: from a batch of images in [0, 1] to the one that is encoded.
+    """
+    device, ids = next(vq.parameters()).device, {}
+    items = range(len(images)) if items is None else items
+    for start in range(0, len(items), batch):
+        idx = items[start : start + batch]
+        found = {images.names[i]: image for i, image in zip(idx, images.find(idx), strict=True) if image is not None}
+        if found:
+            pixels = unit_range(torch.stack(list(found.values())).to(device))
+            pixels = pixels if change is None else change(pixels)
+            ids |= zip(found, vq.encode(pixels * 2 - 1).ids.flatten(1).int().cpu(), strict=True)
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Where images lie: `parquet` files of a split, a `folder` of image files, or a data set that Hugging Face's `datasets` reads."""
+
+    folder: str
+    kind: str = "parquet"
+    split: str = "train"
+    column: str = IMAGE_COLUMN
+
+    def open(self, size: int, broken: BrokenImages) -> LazyImages:
+        """The images as squares of this size."""
+        if self.kind == "parquet":
+            return open_parquet_images(self.folder, self.split, size, broken=broken)
+        if self.kind == "datasets":
+            return open_dataset_images(open_dataset(self.folder, self.split, self.column), self.column, size, broken=broken)
+        if self.kind != "folder":
+            raise ValueError(f"unknown kind of images {self.kind!r}; {nearest_name(self.kind, ('parquet', 'folder', 'datasets'))}")
+        root = Path(self.folder)
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not names:
+            raise ValueError(f"{root}: no image files ({', '.join(IMAGE_SUFFIXES)}) in it")
+        return open_folder_images(root, names, size, broken=broken)
+
+
+class TokenizeWorker:
+    """Writes the VQ ids of a range of images to a Parquet file with the columns `id` and `tokens`."""
+
+    def __init__(self, images: ImageSet, make_vq: Callable[[], VQModel], batch: int, max_broken: int) -> None:
+        self.vq, self.batch = make_vq(), batch
+        self.images = images.open(self.vq.config.image_size, BrokenImages(max_broken))
+
+    def __call__(self, items: range, file: Path) -> None:
+        write_image_ids(file, image_ids(self.vq, self.images, items, batch=self.batch))
 
 
 def tokenize_images(
-    folder: str | Path, split: str, out: str | Path, *, vq: VQModel, batch: int = 64, on_progress: OnProgress | None = None
+    images: ImageSet,
+    out: str | Path,
+    *,
+    make_vq: Callable[[], VQModel],
+    batch: int = 64,
+    max_broken: int = 0,
+    shard_size: int = 4096,
+    run: Callable[..., None] = run_here,
+    on_progress: OnProgress | None = None,
 ) -> int:
-    """Writes the VQ ids of a Parquet split to `out`, columns `id` and `tokens`, whole or not at all; returns the number of images."""
+    """Writes the VQ ids of images to the Parquet file `out`, columns `id` and `tokens`; returns the number of images.
+
+    A second call goes on where the first was interrupted. run: `shards.run_here`, or `run_on_ray` with its settings.
+    """
+    vq = make_vq()
+    names = images.open(vq.config.image_size, BrokenImages(max_broken)).names
+    fingerprint = [checksum(tensor).item() for tensor in vq.state_dict().values()]
+    plan = {"images": dataclasses.asdict(images), "names": digest(names), "vq": digest(fingerprint)}
+    work = Work(Path(out), len(names), shard_size, plan)
+    work.start()
+    run(work, functools.partial(TokenizeWorker, images, make_vq, batch, max_broken), on_progress)
+    num_ids = sum(import_pyarrow().parquet.read_metadata(file).num_rows for file in work.files)
+    if len(names) - num_ids > max_broken:
+        raise ValueError(f"{len(names) - num_ids} images are broken, more than the limit of {max_broken}; repair them or raise it")
+    work.finish(join_image_ids)
+    return num_ids
+
+
+def _ids_schema() -> Any:
     pa = import_pyarrow()
-    images = open_parquet_images(folder, split, vq.config.image_size)
-    ids = image_ids(vq, images, batch=batch, on_progress=on_progress)
-    table = pa.table({"id": images.names, "tokens": pa.array(ids.numpy().tolist(), pa.list_(pa.int32()))})
-    with whole_file(Path(out)) as partial:
-        pa.parquet.write_table(table, partial)
-    return len(images)
+    return pa.schema([("id", pa.string()), ("tokens", pa.list_(pa.int32()))])
+
+
+def write_image_ids(file: Path, ids: Mapping[str, Tensor]) -> None:
+    pa = import_pyarrow()
+    rows = {"id": list(ids), "tokens": [row.tolist() for row in ids.values()]}
+    pa.parquet.write_table(pa.table(rows, schema=_ids_schema()), file)
+
+
+def join_image_ids(parts: Sequence[Path], out: Path) -> None:
+    pa = import_pyarrow()
+    with pa.parquet.ParquetWriter(out, _ids_schema()) as writer:
+        for part in parts:
+            writer.write_table(pa.parquet.read_table(part))
 
 
 def read_image_ids(file: str | Path, num_image_tokens: int, codebook_size: int) -> dict[str, Tensor]:

@@ -39,16 +39,18 @@ def read_captions(path: str | Path) -> list[Captions]:
     text = _read(path)
     if path.name.removesuffix(".gz").endswith(".json") and not _is_list(text):
         return _read_coco(path, _parse(str(path), text))
-    captions = []
-    for place, record in _records(path, text):
-        try:
-            image, texts = record["image"], record["captions"]
-        except (KeyError, TypeError):
-            image, texts = None, None
-        if not isinstance(image, str) or not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
-            raise ValueError(f'{place}: expected {{"image": name, "captions": [...]}} with at least one caption, none of them empty')
-        captions.append(Captions(image, tuple(texts)))
-    return captions
+    return [caption_record(place, record) for place, record in _records(path, text)]
+
+
+def caption_record(place: str, record: Any) -> Captions:
+    """ValueError names the place of a record that does not fit."""
+    try:
+        image, texts = record["image"], record["captions"]
+    except (KeyError, TypeError):
+        image, texts = None, None
+    if not isinstance(image, str) or not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+        raise ValueError(f'{place}: expected {{"image": name, "captions": [...]}} with at least one caption, none of them empty')
+    return Captions(image, tuple(texts))
 
 
 def _read_coco(path: Path, coco: Any) -> list[Captions]:
@@ -67,20 +69,22 @@ def _read_coco(path: Path, coco: Any) -> list[Captions]:
 
 def read_conversations(path: str | Path) -> list[Conversation]:
     """ValueError names the file and record that does not fit."""
-    conversations = []
     path = Path(path)
-    for place, record in _records(path, _read(path)):
-        try:
-            turns = tuple((turn["from"], turn["value"]) for turn in record["conversations"])
-            image = record.get("image")
-        except (KeyError, TypeError):
-            turns, image = (), None
-        if not turns or not all(isinstance(text, str) for text in (*(text for _, text in turns), image or "")):
-            raise ValueError(f'{place}: expected {{"conversations": [{{"from": ..., "value": ...}}]}}, and "image" as a name')
-        if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
-            raise ValueError(f"{place}: turns must alternate human, gpt")
-        conversations.append(Conversation(image, turns, record.get("type", "")))
-    return conversations
+    return [conversation_record(place, record) for place, record in _records(path, _read(path))]
+
+
+def conversation_record(place: str, record: Any) -> Conversation:
+    """ValueError names the place of a record that does not fit."""
+    try:
+        turns = tuple((turn["from"], turn["value"]) for turn in record["conversations"])
+        image = record.get("image")
+    except (KeyError, TypeError):
+        turns, image = (), None
+    if not turns or not all(isinstance(text, str) for text in (*(text for _, text in turns), image or "")):
+        raise ValueError(f'{place}: expected {{"conversations": [{{"from": ..., "value": ...}}]}}, and "image" as a name')
+    if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError(f"{place}: turns must alternate human, gpt")
+    return Conversation(image, turns, record.get("type", ""))
 
 
 def _read(path: Path) -> str:

@@ -7,19 +7,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omnimamba.config import PRESETS, build, nearest_name
+from omnimamba.config import PRESETS, OmniMambaConfig, build, nearest_name
 from omnimamba.data.augment import Augmentation
+from omnimamba.data.huggingface import COLUMN
 from omnimamba.model.contrastive import HEAD_WIDTH
-from omnimamba.train.stages import PRESETS_WITHOUT_PRETRAINED_BACKBONE, STAGES
+from omnimamba.train.stages import LORA_STAGES, PRESETS_WITHOUT_PRETRAINED_BACKBONE, STAGES
 
-IMAGE_SOURCES = ("parquet", "folder")
+IMAGE_SOURCES = ("parquet", "folder", "datasets")
 KINDS = ("tokenizer", "vq", "tower", "omnimamba")
+PARALLEL_MODES = ("ddp", "fsdp")
+TRACKERS = ("trackio", "wandb")
 
 
 def at_least(section: str, values: Any, low: float, *names: str, at_most: float = math.inf) -> None:
@@ -36,7 +40,12 @@ class Init:
     """Where the weights before the first step come from; empty means random (for towers and VQ: not needed by this recipe)."""
 
     model: str = ""
-    """A model folder (for a tower: the folder of a finished tower): the result of one earlier stage."""
+    """A model (`nano`, a folder, a Hub id; for a tower: the folder of a finished tower): the result of one earlier stage. Its tokenizer
+    and encoders are used where those below are not named."""
+    encoders: str = ""
+    """A model whose tokenizer and encoders are used where those below are not named; for one that starts without weights of a model."""
+    adapter: str = ""
+    """An adapter folder to put into it."""
     mmu: str = ""
     t2i: str = ""
     """Two model folders, the results of both stage 1 runs, merged (see `stages.merge_stage1`)."""
@@ -54,6 +63,8 @@ class Init:
     def __post_init__(self) -> None:
         if bool(self.mmu) != bool(self.t2i):
             raise ValueError("init.mmu and init.t2i belong together: name both stage 1 results")
+        if self.adapter and not self.model:
+            raise ValueError("init.adapter goes into a finished model: name init.model")
         if len(starts := [name for name in ("model", "mmu", "backbone") if getattr(self, name)]) > 1:
             raise ValueError(f"init.{' and init.'.join(starts)} all say where the model starts; name one")
 
@@ -63,17 +74,30 @@ class Data:
     folder: str = ""
     """Root of all relative names below."""
     images: str = "parquet"
-    """`parquet`: files `{split}-*.parquet` with columns id and image; `folder`: image files by relative path."""
+    """`parquet`: files `{split}-*.parquet` with columns id and image; `folder`: image files by relative path; `datasets`: what Hugging
+    Face's `datasets` reads, data.folder being a folder or a Hub id."""
+    image_column: str = "image"
+    """Of a data set of kind `datasets`; `jpg` or `png` in WebDataset shards."""
+    streaming: bool = False
+    """Read a data set of kind `datasets` row by row, without storing it; the validation split is read as a whole."""
+    stream_buffer: int = 1000
+    """Rows that a stream is shuffled in."""
+    max_broken: int = 0
+    """Missing and unreadable images that are left out, each with a warning; one more is an error."""
     captions: str = ""
-    """Caption file; `{split}` is replaced."""
+    """Caption file, `{split}` is replaced; or `column:NAME` of a data set of kind `datasets`."""
     conversations: str = ""
-    """Conversation file in LLaVA's format; `{split}` is replaced."""
+    """Conversation file in LLaVA's format, `{split}` is replaced; or `column:NAME` of a data set of kind `datasets`."""
+    kinds: tuple[str, ...] = ()
+    """Use only conversations whose `type` is one of these; empty: all."""
     joined: float = 0.0
     """Share of images that get one sample more, of all that is asked about them: practice in longer conversations."""
     alignment: bool = False
     """Use only the first answer of a conversation, without its question (LLaVA's alignment stage)."""
     tokens: str = ""
     """Parquet of VQ ids made by `omnimamba tokenize`, `{split}` is replaced; empty: the images are tokenised by init.vq at the start."""
+    versions: int = 1
+    """Painted images are read as themselves and as versions - 1 copies with the changes of [augment_painting], one drawn each time."""
     train_split: str = "train"
     val_split: str = ""
     """Empty: no validation."""
@@ -83,8 +107,18 @@ class Data:
     def __post_init__(self) -> None:
         if self.images not in IMAGE_SOURCES:
             raise ValueError(f"data.images={self.images!r}; {nearest_name(self.images, IMAGE_SOURCES)}")
-        at_least("data", self, 1, "num_threads")
+        at_least("data", self, 1, "num_threads", "stream_buffer", "versions")
         at_least("data", self, 0, "joined", at_most=1)
+        at_least("data", self, 0, "max_broken")
+        if self.versions > 1 and (self.tokens or self.streaming):
+            raise ValueError(f"data.versions={self.versions} are made of the images at the start; leave out data.tokens and data.streaming")
+        if self.streaming and (self.images != "datasets" or self.tokens or self.joined or self.kinds or self.in_memory):
+            raise ValueError("data.streaming is for data.images='datasets', without tokens, joined, kinds and in_memory")
+        for name in ("captions", "conversations"):
+            if self.streaming and getattr(self, name) and not getattr(self, name).startswith(COLUMN):
+                raise ValueError(f"data.{name}={getattr(self, name)}: of a stream name a column, as in column:{name}")
+            if getattr(self, name).startswith(COLUMN) and self.images != "datasets":
+                raise ValueError(f"data.{name}={getattr(self, name)} names a column, which only data.images='datasets' has")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,30 +139,57 @@ class Train:
     grad_clip: float = 1.0
     precision: str = "bf16"
     """Autocast type: `bf16` or `fp32`; weights and optimizer stay fp32."""
+    accumulate: int = 1
+    """Parts that each process computes its share of a step in, one after the other: less memory, the same step."""
+    recompute: bool = False
+    """Keep only each block's input for the backward pass and run the block again (activation checkpointing)."""
+    loss_chunk: int = 0
+    """Positions whose scores over the vocabulary exist at once; 0: all of a step's."""
+    parallel: str = "ddp"
+    """With several processes: `ddp`, or `fsdp`, which spreads weights and optimizer over them."""
     train_backbone: bool = False
     """In a stage 1, train backbone and text embedding too: for models without a pretrained language model."""
     standardise_features: bool = False
     """Start the projector so that it sees standardised tower features (see `omnimamba.standardise_features`)."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the null prompt, which makes classifier-free guidance possible."""
+    image_token_noise: float = 0.0
+    """Share of the image tokens read that are replaced by random ones: practice in going on from an image that is not perfect."""
+    mean_by_sample: bool = False
+    """Each understanding sample counts the same, however long its answers; else each token does, as in the authors' code."""
     max_text_tokens: int = 449
     """Longest question-and-answer text of an understanding sample (449 in the authors' code)."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is sampled, validated and exported; 0 is off."""
     seed: int = 0
+    tracker: str = ""
+    """`wandb` or `trackio`: where the figures go too; empty: log.jsonl and TensorBoard only."""
     log_every: int = 10
     val_every: int = 0
     sample_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    """The newest so many are kept, and the best."""
+    best: str = ""
+    """A figure of the validation, e.g. `mmu`: the checkpoint where it is best is kept, and exported to `best/`; empty: none."""
+    best_is: str = "lowest"
+    """Whether the best figure is the `lowest` or the `highest`."""
 
     def __post_init__(self) -> None:
-        at_least("train", self, 1, "log_every", "keep_checkpoints", "max_text_tokens")
+        at_least("train", self, 1, "log_every", "keep_checkpoints", "max_text_tokens", "accumulate")
         at_least("train", self, 0, "steps", "lr", "mmu_batch", "t2i_batch", "batch", "warmup", "weight_decay", "grad_clip", "seed")
-        at_least("train", self, 0, "val_every", "sample_every", "save_every")
-        at_least("train", self, 0, "caption_dropout", "ema", "min_lr_ratio", "beta1", "beta2", at_most=1)
+        at_least("train", self, 0, "val_every", "sample_every", "save_every", "loss_chunk")
+        at_least("train", self, 0, "caption_dropout", "image_token_noise", "ema", "min_lr_ratio", "beta1", "beta2", at_most=1)
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision!r}; valid: bf16, fp32")
+        if self.tracker and self.tracker not in TRACKERS:
+            raise ValueError(f"train.tracker={self.tracker!r}; {nearest_name(self.tracker, TRACKERS)}")
+        if self.parallel not in PARALLEL_MODES:
+            raise ValueError(f"train.parallel={self.parallel!r}; {nearest_name(self.parallel, PARALLEL_MODES)}")
+        if self.best_is not in ("lowest", "highest"):
+            raise ValueError(f"train.best_is={self.best_is!r}; valid: lowest, highest")
+        if self.best and not self.val_every:
+            raise ValueError(f"train.best={self.best!r} is a figure of the validation; set train.val_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +220,11 @@ class TowerTraining:
     """Text columns of the Parquet files and the weights of their losses."""
     plain_share: float = 0.0
     """Share of each batch that gets the changes of [augment_plain] instead of [augment], and no mixup."""
-    texture_share: float = 0.0
-    """Share of each batch that is cut into tiles and shuffled, for `texture_labels` alone."""
-    texture_labels: tuple[str, ...] = ()
-    """Columns that say how an image is drawn, not what it shows. Learned on plain and texture images: changes of colour destroy
-    them, and from whole drawings a network learns them by heart."""
+    collage_share: float = 0.0
+    """Share of each batch whose images become collages of images with the same `collage_labels`, and teach these alone."""
+    collage_labels: tuple[str, ...] = ()
+    """Columns that say how an image is drawn, not what it shows. Learned on collages and plain images: changes of colour destroy
+    them, and from whole drawings alone a network learns by heart who drew what."""
     label_smoothing: float = 0.1
     mixup: float = 0.0
     """Parameter of the Beta distribution that images are blended by (Zhang et al. 2018, arXiv:1710.09412); 0 is off."""
@@ -171,7 +232,7 @@ class TowerTraining:
     text_width: int = 96
 
     def __post_init__(self) -> None:
-        at_least("tower", self, 0, "plain_share", "texture_share", "label_smoothing", at_most=1)
+        at_least("tower", self, 0, "plain_share", "collage_share", "label_smoothing", at_most=1)
         at_least("tower", self, 0, "mixup")
         at_least("tower", self, 1, "embedding_dim")
         if self.text_width < 1 or self.text_width % HEAD_WIDTH:
@@ -179,12 +240,12 @@ class TowerTraining:
         weights = self.labels.values() if isinstance(self.labels, dict) else ()
         if not weights or not all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights):
             raise ValueError(f"tower.labels={self.labels!r}; pass a weight of 0 or more for each text column, as in {{ caption = 1.0 }}")
-        if self.plain_share + self.texture_share > 1:
-            raise ValueError(f"tower.plain_share + tower.texture_share = {self.plain_share + self.texture_share} exceeds 1")
-        if stray := set(self.texture_labels) - set(self.labels):
-            raise ValueError(f"tower.texture_labels names {', '.join(sorted(stray))}, not in tower.labels; valid: {', '.join(self.labels)}")
-        if self.texture_labels and not self.plain_share + self.texture_share:
-            raise ValueError("tower.texture_labels needs images to learn from: set tower.texture_share or tower.plain_share above 0")
+        if self.plain_share + self.collage_share > 1:
+            raise ValueError(f"tower.plain_share + tower.collage_share = {self.plain_share + self.collage_share} exceeds 1")
+        if stray := set(self.collage_labels) - set(self.labels):
+            raise ValueError(f"tower.collage_labels names {', '.join(sorted(stray))}, not in tower.labels; valid: {', '.join(self.labels)}")
+        if bool(self.collage_labels) != bool(self.collage_share):
+            raise ValueError("tower.collage_labels and tower.collage_share belong together: set both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +272,8 @@ class Recipe:
     init: Init = Init()
     data: Data = Data()
     augment: Augmentation = Augmentation()
+    augment_painting: Augmentation = Augmentation()
+    """For the versions of painted images."""
     augment_plain: Augmentation = Augmentation()
     """For the plain images of tower training."""
     vq: VQTraining = VQTraining()
@@ -218,12 +281,17 @@ class Recipe:
     samples: Samples = Samples()
     out: str = ""
     """Run folder; by default runs/ and the recipe's name."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Changes to the preset, by the names of a model's config.json: `model.lora.rank = 4`, `model.backbone.n_layer = 6`."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind {self.kind!r}; {nearest_name(self.kind, KINDS)}")
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}; {nearest_name(self.preset, PRESETS)}")
+        if not isinstance(self.model, dict):
+            raise ValueError(f"model={self.model!r} must be a section, [model]")
+        _ = self.config  # raises for changes that make no model
         if self.kind == "tokenizer":
             return
         for name in ("steps", "lr"):
@@ -231,10 +299,18 @@ class Recipe:
                 raise ValueError(f"train.{name} is missing; name it, above 0")
         if self.kind == "omnimamba":
             self._check_stage()
-        elif self.train.batch < 1:
+            return
+        if self.data.max_broken:
+            raise ValueError(f"data.max_broken={self.data.max_broken} is for omnimamba recipes; a {self.kind} needs all of its images")
+        if self.train.batch < 1:
             raise ValueError(f"train.batch={self.train.batch}: a {self.kind} recipe needs a batch of at least 1")
         if self.kind == "tower" and not self.init.tokenizer:
             raise ValueError("a tower recipe reads text: name init.tokenizer")
+
+    @functools.cached_property
+    def config(self) -> OmniMambaConfig:
+        """The preset with the changes of [model]."""
+        return OmniMambaConfig.from_dict(merged(PRESETS[self.preset].to_dict(), self.model, "model"))
 
     def _check_stage(self) -> None:
         train = self.train
@@ -246,14 +322,32 @@ class Recipe:
                 raise ValueError(f"train.{task}_batch={batch}, but {train.stage} trains {' and '.join(stage.tasks)}")
         if train.train_backbone and self.preset not in PRESETS_WITHOUT_PRETRAINED_BACKBONE:
             raise ValueError(f"train.train_backbone=true is for presets without a pretrained backbone, not for {self.preset}")
-        if train.standardise_features and ("mmu" not in stage.tasks or self.init.model or self.init.mmu):
-            raise ValueError("train.standardise_features is for a projector that has not learned yet: a stage1_mmu without init.model")
+        if train.stage in LORA_STAGES and not (self.init.model and self.config.lora.rank):
+            raise ValueError(f"{train.stage} trains the LoRA of a finished model: name init.model, of a lora.rank above 0")
+        starts_here = train.stage == "stage1_mmu" or (train.stage == "stage2" and not (self.init.model or self.init.mmu))
+        if train.standardise_features and not starts_here:
+            raise ValueError(
+                "train.standardise_features is for a projector that has not learned yet: for stage1_mmu, or a stage2 that starts from "
+                f"no model, not for this {train.stage}"
+            )
         if "t2i" in stage.tasks and not self.data.captions:
             raise ValueError(f"{train.stage} paints: name data.captions")
-        if "t2i" in stage.tasks and not (self.data.tokens or self.init.vq):
+        if "t2i" in stage.tasks and not (self.data.tokens or self.init.vq or self.init.model or self.init.encoders):
             raise ValueError(f"{train.stage} paints: name data.tokens (made by `omnimamba tokenize`), or init.vq to tokenise at the start")
         if "mmu" in stage.tasks and not self.data.conversations:
             raise ValueError(f"{train.stage} reads images: name data.conversations")
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values with the changes, part by part."""
+    result = dict(values)
+    for key, change in changes.items():
+        if isinstance(result.get(key), dict):
+            if not isinstance(change, dict):
+                raise ValueError(f"{where}.{key}={change!r} is not a section")
+            change = merged(result[key], change, f"{where}.{key}")
+        result[key] = change
+    return result
 
 
 SECTIONS: dict[str, type] = {
@@ -261,6 +355,7 @@ SECTIONS: dict[str, type] = {
     "init": Init,
     "data": Data,
     "augment": Augmentation,
+    "augment_painting": Augmentation,
     "augment_plain": Augmentation,
     "vq": VQTraining,
     "tower": TowerTraining,

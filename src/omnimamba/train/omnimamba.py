@@ -2,182 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimamba.config import OmniMambaConfig, Task, preset
+from omnimamba.config import IGNORE_INDEX, Task
 from omnimamba.data.augment import augment, normalise, unit_range
-from omnimamba.data.collate import pad_right
-from omnimamba.data.images import Images, InMemoryImages, LazyImages, open_folder_images, open_parquet_images
+from omnimamba.data.images import BrokenImages
 from omnimamba.data.mixture import EpochSampler, step_rng
-from omnimamba.data.prepare import image_ids, read_image_ids
-from omnimamba.data.text import Conversation, read_captions, read_conversations
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.engine.request import require_int
 from omnimamba.model import hub, weights
+from omnimamba.model.adapter import load_adapter, save_adapter
 from omnimamba.model.files import TensorFile
-from omnimamba.model.omnimamba import IGNORE_INDEX, OmniMambaModel
+from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
 from omnimamba.processor import prompt as layout
 from omnimamba.processor.image import to_pil
 from omnimamba.processor.tokenizer import TextTokenizer
-from omnimamba.train.config import Recipe
+from omnimamba.train.config import Init, Recipe, Train
 from omnimamba.train.frozen import load_frozen
+from omnimamba.train.loop import Objective
+from omnimamba.train.parallel import ALONE, Processes, distribute, gradients_stay_here, is_sharded, whole_state
 from omnimamba.train.samples import image_grid
-from omnimamba.train.stages import BACKBONE_GROUPS, STAGES, group_of, merge_stage1, set_trainable
+from omnimamba.train.stages import BACKBONE_GROUPS, LORA_STAGES, STAGES, group_of, merge_stage1, set_trainable
+from omnimamba.train.streams import PaintingStream, SequentialSampler, UnderstandingStream
+from omnimamba.train.task_data import MMUBatch, PaintingData, T2IBatch, UnderstandingData
 
 logger = logging.getLogger("omnimamba.train")
-LENGTH_MULTIPLE = 16
-"""Text of an understanding batch is padded to a multiple of this, so that few shapes occur."""
 NUM_VALIDATION_BATCHES = 8
 NUM_DESCRIBED = 16
 BACKBONE_FILES = ("pytorch_model.bin", "model.safetensors")
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
-@dataclasses.dataclass
-class MMUBatch:
-    ids: Tensor
-    """[b, 4 + t] markers and text, right-padded."""
-    labels: Tensor
-    """[b, t]"""
-    pixels: Tensor | None
-    """uint8 [i, 3, s, s] of the rows that have an image."""
-    image_rows: Tensor
-    """[i]"""
+class TaskLosses(nn.Module):
+    """The summed cross entropies of a step's tasks in one forward pass, as DDP and FSDP want it."""
+
+    def __init__(self, model: OmniMambaModel, train: Train) -> None:
+        super().__init__()
+        self.model = model
+        shared = {"chunk": train.loss_chunk, "recompute": train.recompute}
+        self.options = {Task.MMU: shared | {"by_sample": train.mean_by_sample}, Task.T2I: shared}
+
+    def forward(self, inputs: dict[Task, tuple[Tensor, ...]]) -> dict[Task, Tensor]:
+        """inputs: the arguments of `OmniMambaModel.mmu_loss_sum` and `t2i_loss_sum`."""
+        loss_sums = {Task.MMU: self.model.mmu_loss_sum, Task.T2I: self.model.t2i_loss_sum}
+        return {task: loss_sums[task](*tensors, **self.options[task]) for task, tensors in inputs.items()}
 
 
-@dataclasses.dataclass
-class T2IBatch:
-    caption_ids: Tensor
-    """[b, prompt + 1]"""
-    image_ids: Tensor
-    """[b, k]"""
-
-
-class UnderstandingData:
-    """Conversations of a split as ids and labels, and the images they are about."""
-
-    def __init__(self, recipe: Recipe, split: str, tok: TextTokenizer, config: OmniMambaConfig, device: torch.device) -> None:
-        data, limit = recipe.data, recipe.train.max_text_tokens
-        room = config.mmu_positions - config.num_vision_tokens - 4
-        if limit > room:
-            raise ValueError(f"train.max_text_tokens={limit} exceeds the {room} positions left after the image; lower it")
-        self.samples: list[tuple[list[int], list[int], str | None]] = []
-        num_too_long = 0
-        conversations = read_conversations(Path(data.folder) / data.conversations.replace("{split}", split))
-        for conversation in (*conversations, *joined(conversations, data.joined, recipe.train.seed)):
-            turns = [(ROLES[speaker], text) for speaker, text in conversation.turns]
-            try:
-                if data.alignment:
-                    ids, labels = layout.caption_sample(tok, turns[1][1], limit)
-                else:
-                    ids, labels = layout.conversation_sample(tok, turns, limit)
-            except ValueError:
-                num_too_long += 1
-                continue
-            self.samples.append((ids, labels, conversation.image))
-        if not self.samples:
-            raise ValueError(f"data.conversations: no sample has an answer within train.max_text_tokens={limit}; raise it")
-        if num_too_long:
-            logger.warning(
-                "%d of %d conversations left out: no answer within train.max_text_tokens=%d",
-                num_too_long,
-                num_too_long + len(self.samples),
-                limit,
-            )
-        self.tok = tok
-        self.markers = [*layout.mmu_before_image(tok), *layout.mmu_after_image(tok)]
-        sizes = {tower.image_size for tower in config.towers.values()}
-        if len(sizes) != 1:
-            raise ValueError(f"towers of unequal image sizes {sorted(sizes)} cannot be trained together")
-        names = list(dict.fromkeys(image for _, _, image in self.samples if image is not None))
-        self.images = open_images(recipe, split, names, sizes.pop(), "naive", device)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(len(ids) for ids, _, _ in self.samples)
-
-    def batch(self, idx: list[int]) -> MMUBatch:
-        samples = [self.samples[i] for i in idx]
-        ids = pad_right([[*self.markers, *ids] for ids, _, _ in samples], self.tok.pad_id, LENGTH_MULTIPLE)
-        labels = torch.full((len(idx), ids.shape[1] - len(self.markers)), IGNORE_INDEX)
-        for row, (_, row_labels, _) in enumerate(samples):
-            labels[row, : len(row_labels)] = torch.tensor(row_labels)
-        image_rows = [row for row, (_, _, image) in enumerate(samples) if image is not None]
-        images = [image for _, _, image in samples if image is not None]
-        pixels = self.images.get([self.images.position[image] for image in images]) if images else None
-        return MMUBatch(ids, labels, pixels, torch.tensor(image_rows))
-
-
-def joined(conversations: list[Conversation], share: float, seed: int) -> list[Conversation]:
-    """For a share of the images, one conversation more: all that is asked about the image, in random order."""
-    by_image: dict[str, list[Conversation]] = {}
-    for conversation in conversations:
-        if conversation.image is not None:
-            by_image.setdefault(conversation.image, []).append(conversation)
-    rng, more = np.random.default_rng((seed, *b"joined")), []
-    for image, rows in by_image.items():
-        if rng.random() < share:
-            turns = [turn for i in rng.permutation(len(rows)) for turn in rows[i].turns]
-            more.append(Conversation(image, tuple(turns)))
-    return more
-
-
-class PaintingData:
-    """Captions of a split, and their images as VQ ids."""
-
-    def __init__(
-        self, recipe: Recipe, split: str, tok: TextTokenizer, config: OmniMambaConfig, vq: VQModel | None, device: torch.device
-    ) -> None:
-        data = recipe.data
-        captions = read_captions(Path(data.folder) / data.captions.replace("{split}", split))
-        if data.tokens:
-            file = Path(data.folder) / data.tokens.replace("{split}", split)
-            by_image = read_image_ids(file, config.num_image_tokens, config.image_vocab_size)
-        else:
-            assert vq is not None
-            images = open_images(recipe, split, [row.image for row in captions], config.vq.image_size, "crop", torch.device("cpu"))
-            by_image = dict(zip(images.names, image_ids(vq, images), strict=True))
-        if missing := [row.image for row in captions if row.image not in by_image]:
-            raise ValueError(f"{len(missing)} captioned images have no VQ ids, e.g. {missing[0]}; tokenize them")
-        self.tok, self.captions = tok, [row.captions for row in captions]
-        self.image_ids = torch.stack([by_image[row.image] for row in captions])
-        self.null_ids = layout.t2i_training_ids(tok, None)
-
-    def batch(self, idx: list[int], rng: Any, dropout: float) -> T2IBatch:
-        """One caption at random for each image, some of them dropped."""
-        rows = []
-        for i in idx:
-            is_dropped, choice = rng.random() < dropout, rng.integers(len(self.captions[i]))
-            rows.append(self.null_ids if is_dropped else layout.t2i_training_ids(self.tok, self.captions[i][choice]))
-        return T2IBatch(torch.tensor(rows), self.image_ids[idx].long())
-
-
-def open_images(recipe: Recipe, split: str, names: list[str], size: int, resize: str, device: torch.device) -> Images:
-    """The named images of a split, decoded beforehand if the recipe says so."""
-    data = recipe.data
-    if data.images == "parquet":
-        images: LazyImages = open_parquet_images(data.folder, split, size, resize=resize, num_threads=data.num_threads)
-        if missing := [name for name in names if name not in images.position]:
-            raise ValueError(f"{data.folder}: {len(missing)} images are not in the {split} split, e.g. {missing[0]}")
-    else:
-        images = open_folder_images(data.folder, names, size, resize=resize, num_threads=data.num_threads)
-    return InMemoryImages(images, device) if data.in_memory else images
-
-
-class OmniMambaObjective:
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        train, init = recipe.train, recipe.init
-        self.config = preset(recipe.preset)
+class OmniMambaObjective(Objective):
+    def __init__(self, recipe: Recipe, device: torch.device, processes: Processes = ALONE) -> None:
+        init = with_encoders(recipe.init)
+        self.recipe = recipe = dataclasses.replace(recipe, init=init)
+        self.device, self.processes, train = device, processes, recipe.train
+        self.config = recipe.config
         self.stage = STAGES[train.stage]
         if not init.tokenizer:
             raise ValueError(f"{train.stage} reads text: name init.tokenizer")
@@ -192,35 +80,67 @@ class OmniMambaObjective:
         self.vision = load_frozen(VisionTowers(self.config.towers), init.vision, device)
         self.vq = load_frozen(VQModel(self.config.vq), init.vq, device)
         self.mmu = self.t2i = self.val_mmu = self.val_t2i = None
+        broken = BrokenImages(recipe.data.max_broken)
         if "mmu" in self.stage.tasks:
             if self.vision is None:
                 raise ValueError(f"{train.stage} reads images: name init.vision")
-            self.mmu = UnderstandingData(recipe, recipe.data.train_split, tok, self.config, device)
-            self.mmu_sampler = EpochSampler(len(self.mmu.samples), train.mmu_batch, train.seed, self.mmu.lengths)
+            if recipe.data.streaming:
+                self.mmu, self.mmu_sampler = UnderstandingStream(recipe, tok, self.config, broken), SequentialSampler(train.mmu_batch)
+            else:
+                self.mmu = UnderstandingData(recipe, recipe.data.train_split, tok, self.config, device, broken)
+                self.mmu_sampler = EpochSampler(len(self.mmu.samples), train.mmu_batch, train.seed, self.mmu.lengths)
             if recipe.data.val_split:
-                self.val_mmu = UnderstandingData(recipe, recipe.data.val_split, tok, self.config, device)
+                self.val_mmu = UnderstandingData(recipe, recipe.data.val_split, tok, self.config, device, broken)
             if train.standardise_features:
-                standardise_features(self.model, self.features(self.mmu.batch(self.mmu_sampler.indices(0)), None))
+                if isinstance(self.mmu, UnderstandingData) and not len(self.mmu.images):
+                    raise ValueError("train.standardise_features looks at training images, and no conversation is about one")
+                batches = (self.mmu.batch(self.mmu_sampler.indices(step)) for step in itertools.count())
+                standardise_features(self.model, self.features(next(batch for batch in batches if batch.pixels is not None), None))
         if "t2i" in self.stage.tasks:
-            self.t2i = PaintingData(recipe, recipe.data.train_split, tok, self.config, self.vq, device)
-            self.t2i_sampler = EpochSampler(len(self.t2i.captions), train.t2i_batch, train.seed)
+            if recipe.data.streaming:
+                self.t2i, self.t2i_sampler = PaintingStream(recipe, tok, self.vq, broken), SequentialSampler(train.t2i_batch)
+            else:
+                self.t2i = PaintingData(recipe, recipe.data.train_split, tok, self.config, self.vq, device, broken)
+                self.t2i_sampler = EpochSampler(len(self.t2i.captions), train.t2i_batch, train.seed)
             if recipe.data.val_split:
-                self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device)
+                self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device, broken)
+        self.losses = distribute(TaskLosses(self.model, train), self.model.backbone.layers, train.parallel, processes, device)
 
     def summary(self) -> str:
+        train, groups = self.recipe.train, Counter[str]()
+        for name, parameter in self.model.named_parameters():
+            groups[group_of(name)] += parameter.numel() * parameter.requires_grad
+        trains = ", ".join(f"{group} {num:,}" for group, num in groups.items() if num)
         num = sum(p.numel() for p in self.model.parameters())
-        return f"{self.recipe.train.stage}: {self.num_trainable:,} of {num:,} parameters train"
+        lines = [f"{train.stage}: {self.num_trainable:,} of {num:,} parameters train: {trains}"]
+        step = []
+        if self.mmu is not None:
+            num = f"{len(self.mmu.samples):,}" if isinstance(self.mmu, UnderstandingData) else "a stream of"
+            step.append(f"{train.mmu_batch} of {num} conversations")
+        if self.t2i is not None:
+            num = f"{len(self.t2i.captions):,}" if isinstance(self.t2i, PaintingData) else "a stream of"
+            step.append(f"{train.t2i_batch} of {num} captioned images")
+        size = self.processes.size
+        spread = f", spread over {size} processes ({train.parallel})" if size > 1 else ""
+        lines.append(f"a step: {' and '.join(step)}{spread}, {train.precision}")
+        return "\n".join(lines)
 
     # ---- batches
 
     def batch(self, step: int) -> dict[Task, Any]:
         batches: dict[Task, Any] = {}
         if self.mmu is not None:
-            batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step))
+            batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step), self.processes)
         if self.t2i is not None:
             rng = step_rng(self.recipe.train.seed, step, "captions")
-            batches[Task.T2I] = self.t2i.batch(self.t2i_sampler.indices(step), rng, self.recipe.train.caption_dropout)
+            dropout = self.recipe.train.caption_dropout
+            batches[Task.T2I] = self.t2i.batch(self.t2i_sampler.indices(step), rng, dropout, self.processes)
         return batches
+
+    def split(self, batch: Any) -> list[Any]:
+        num = self.recipe.train.accumulate
+        parts = {task: tensors.split(num) for task, tensors in batch.items()}
+        return [{task: parts[task][i] for task in batch} for i in range(num)]
 
     def num_tokens(self, batch: Any) -> int:
         """Positions that the backbone reads, padding included."""
@@ -234,29 +154,44 @@ class OmniMambaObjective:
 
     # ---- losses
 
+    def collecting(self, yes: bool) -> contextlib.AbstractContextManager[None]:
+        return gradients_stay_here(self.losses, yes)
+
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The sum of the tasks' mean losses, as in the authors' trainer, and each of them."""
+        """The sum of the tasks' mean losses, as in the authors' trainer, and each of them.
+
+        Means over the whole step: each process has its part of the sum times their number, because gradients are averaged.
+        """
         self.model.train()
-        losses = {}
+        inputs: dict[Task, tuple[Tensor, ...]] = {}
         if Task.MMU in batch:
-            losses["mmu"] = self.mmu_loss(batch[Task.MMU], generator)
+            inputs[Task.MMU] = self.mmu_inputs(batch[Task.MMU], generator)
         if Task.T2I in batch:
-            losses["t2i"] = self.t2i_loss(batch[Task.T2I])
+            inputs[Task.T2I] = self.t2i_inputs(batch[Task.T2I], generator)
+        sums = self.losses(inputs)
+        losses = {str(task): sums[task] * self.processes.size / batch[task].num_labels for task in inputs}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def t2i_loss(self, batch: T2IBatch) -> Tensor:
-        return self.model.t2i_loss(batch.caption_ids.to(self.device), batch.image_ids.to(self.device))
+    def t2i_inputs(self, batch: T2IBatch, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Caption ids, image ids, and image ids as they are read. Without a generator, these have no noise."""
+        caption_ids, ids = batch.caption_ids.to(self.device), batch.image_ids.to(self.device)
+        noise = self.recipe.train.image_token_noise
+        if generator is None or not noise:
+            return caption_ids, ids, ids
+        is_noise = torch.rand(ids.shape, generator=generator, device=self.device) < noise
+        random_ids = torch.randint(self.config.image_vocab_size, ids.shape, generator=generator, device=self.device)
+        return caption_ids, ids, torch.where(is_noise, random_ids, ids)
 
-    def mmu_loss(self, batch: MMUBatch, generator: torch.Generator | None) -> Tensor:
-        """Without a generator, images are not augmented."""
+    def mmu_inputs(self, batch: MMUBatch, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids, labels, features and the rows these are of. Without a generator, images are not augmented."""
         ids, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in (batch.ids, batch.labels, batch.image_rows))
-        return self.model.mmu_loss(ids, labels, self.features(batch, generator), rows)
+        return ids, labels, self.features(batch, generator), rows
 
     @torch.no_grad()
-    def features(self, batch: MMUBatch, generator: torch.Generator | None) -> Tensor | None:
-        """Tower features [i, k, vision_dim] of the rows that have an image; None if none has."""
+    def features(self, batch: MMUBatch, generator: torch.Generator | None) -> Tensor:
+        """Tower features [i, k, vision_dim] of the rows that have an image."""
         if batch.pixels is None:
-            return None
+            return torch.zeros(0, self.config.num_vision_tokens, self.config.vision_dim, device=self.device)
         images = unit_range(batch.pixels.to(self.device))
         if generator is not None:
             images = augment(images, self.recipe.augment, generator)
@@ -265,20 +200,53 @@ class OmniMambaObjective:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss per task over batches of the validation split."""
+        """Mean loss per task over batches of the validation split; for understanding also the share of answers that are word for word
+        what greedy decoding would say, in all (`mmu_exact`) and per kind of question."""
         self.model.eval()
         train, figures = self.recipe.train, {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             if self.val_mmu is not None:
-                batches = _validation_batches(len(self.val_mmu.samples), train.mmu_batch)
-                figures["mmu"] = torch.stack([self.mmu_loss(self.val_mmu.batch(idx), None) for idx in batches]).mean().item()
+                figures |= self.validate_mmu(self.val_mmu)
             if self.val_t2i is not None:
                 batches = _validation_batches(len(self.val_t2i.captions), train.t2i_batch)
                 rng = step_rng(train.seed, 0, "validation")
                 figures["t2i"] = torch.stack([self.t2i_loss(self.val_t2i.batch(idx, rng, 0.0)) for idx in batches]).mean().item()
         return figures
 
+    def t2i_loss(self, batch: T2IBatch) -> Tensor:
+        return self.model.t2i_loss_sum(*self.t2i_inputs(batch, None), chunk=self.recipe.train.loss_chunk) / batch.num_labels
+
+    def validate_mmu(self, data: UnderstandingData) -> dict[str, float]:
+        losses, is_exact = [], defaultdict[str, list[bool]](list)
+        for idx in _validation_batches(len(data.samples), self.recipe.train.mmu_batch):
+            batch = data.batch(idx)
+            ids, labels, features, rows = self.mmu_inputs(batch, None)
+            logits = self.model.mmu_logits(ids, labels, features, rows)
+            row, column = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+            losses.append(F.cross_entropy(logits, labels[row, column]))
+            num_wrong = torch.zeros(len(idx), device=self.device).index_add_(0, row, (logits.argmax(-1) != labels[row, column]).float())
+            for i, wrong in zip(idx, num_wrong.tolist(), strict=True):
+                for name in {"mmu_exact", f"mmu_exact_{data.samples[i].kind}".rstrip("_")}:
+                    is_exact[name].append(wrong == 0)
+        return {"mmu": torch.stack(losses).mean().item()} | {name: sum(hits) / len(hits) for name, hits in is_exact.items()}
+
     # ---- results
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, `model` is a whole copy on the main process if it is sharded."""
+        if not is_sharded(self.model):
+            yield
+            return
+        shards, state = self.model, whole_state(self.model)
+        if self.processes.is_main:
+            self.model = OmniMambaModel(self.config)
+            self.model.load_state_dict(state)
+            self.model.to(self.device)
+        try:
+            yield
+        finally:
+            self.model = shards
 
     def bundle(self) -> weights.Bundle:
         init = self.recipe.init
@@ -299,8 +267,7 @@ class OmniMambaObjective:
             if self.t2i is not None and self.vq is not None and settings.prompts:
                 painted = model.generate_image(settings.prompts, num_images=settings.num_images, seed=self.recipe.train.seed)
                 image_grid(painted, columns=settings.num_images).save(folder / "painted.png")
-            if self.mmu is not None:
-                data = self.val_mmu or self.mmu
+            if isinstance(data := self.val_mmu or self.mmu, UnderstandingData):
                 names = data.images.names[:NUM_DESCRIBED]
                 answers = model.describe([to_pil(unit_range(data.images.get([i])) * 2 - 1)[0] for i in range(len(names))])
                 lines = [f"{name}\t{answer}" for name, answer in zip(names, answers, strict=True)]
@@ -309,6 +276,8 @@ class OmniMambaObjective:
     def export(self, folder: Path) -> None:
         """A model folder that `OmniMamba.from_pretrained` reads."""
         self.inference().save_pretrained(folder)
+        if (task := LORA_STAGES.get(self.recipe.train.stage)) is not None:
+            save_adapter(self.model, task, folder / "adapter", base=self.recipe.init.model)
 
 
 def sampling_settings(recipe: Recipe, tok: TextTokenizer) -> GenerationDefaults:
@@ -332,13 +301,25 @@ def standardise_features(model: OmniMambaModel, features: Tensor | None) -> None
     Raw features have a common part several times larger than what tells images apart, and the norm of the first block keeps the
     larger part. features: [i, k, vision_dim] of some training images.
     """
-    assert model.projector is not None and features is not None
+    assert model.projector is not None and features is not None and len(features)
     rows = features.flatten(0, 1).float()
     mean, deviation = rows.mean(0), rows.std(0)
     first = model.projector[0]
     assert isinstance(first, nn.Linear)
     first.weight.div_(deviation.clamp_min(0.1 * deviation.mean()))
     first.bias.sub_(first.weight @ mean)
+
+
+ENCODER_FILES = {"tokenizer": weights.TOKENIZER_FILE, "vision": "vision.safetensors", "vq": "vq.safetensors"}
+
+
+def with_encoders(init: Init) -> Init:
+    """[init] with the tokenizer and the encoders of init.encoders, or else of init.model, where it names none of its own."""
+    if not (source := init.encoders or init.model):
+        return init
+    folder = weights.locate(source)
+    files = {name: folder / file for name, file in ENCODER_FILES.items() if not getattr(init, name)}
+    return dataclasses.replace(init, **{name: str(file) for name, file in files.items() if file.is_file()})
 
 
 def initialise(model: OmniMambaModel, recipe: Recipe) -> None:
@@ -353,6 +334,8 @@ def initialise(model: OmniMambaModel, recipe: Recipe) -> None:
         return load_backbone(model, init.backbone) if init.backbone else None
     weights.check_names_and_shapes(model.state_dict(), tensors, where)
     model.load_state_dict(tensors)
+    if init.adapter:
+        load_adapter(model, init.adapter)
 
 
 def _model_tensors(folder: str) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """AdamW with a warm-up and a cosine schedule, and an exponential moving average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from omnimamba.train.config import Train
+from omnimamba.train.parallel import local
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -38,6 +39,23 @@ def learned_state(module: nn.Module) -> dict[str, Tensor]:
     return {**trainable(module), **dict(module.named_buffers())}
 
 
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The optimizer's tensors by parameter and kind, as in `layers.0.weight/exp_avg`; none for parameters that have had no update."""
+    return {
+        f"{name}/{kind}": tensor for name, parameter in trainable(module).items() for kind, tensor in optimizer.state[parameter].items()
+    }
+
+
+def prepare_optimizer(module: nn.Module, optimizer: torch.optim.AdamW, names: Container[str]) -> None:
+    """Gives the parameters that have had an update, as `names` of `optimizer_tensors` say, a state to load values into."""
+    is_fused = optimizer.defaults["fused"]
+    for name, parameter in trainable(module).items():
+        if f"{name}/step" in names:
+            step = torch.zeros((), device=parameter.device if is_fused else "cpu")
+            moments = {kind: torch.zeros_like(parameter, memory_format=torch.preserve_format) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
 class MovingAverage:
     """Exponential moving average of what training changes; decay grows from 0.1 to its final value over the first steps."""
 
@@ -49,14 +67,14 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        tensors = [tensor.data for tensor in self.tensors.values()]
-        torch._foreach_lerp_(list(self.averages.values()), tensors, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        averages, tensors = ([local(tensor) for tensor in group.values()] for group in (self.averages, self.tensors))
+        torch._foreach_lerp_(averages, tensors, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
+    @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges averages and tensors in place; call it twice around a validation."""
+        """Exchanges the values of averages and tensors; call it twice around a validation."""
         for name, tensor in self.tensors.items():
-            tensor.data, self.averages[name] = self.averages[name], tensor.data
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, average in self.averages.items():
-            average.copy_(tensors[name])
+            shard, average = local(tensor), local(self.averages[name])
+            value = shard.clone()
+            shard.copy_(average)
+            average.copy_(value)

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from omnimamba.config import preset
+from omnimamba.config import nearest_name
+from omnimamba.data.images import parquet_files
 from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.data.text import read_captions, read_conversations
 from omnimamba.engine.omnimamba import resolve_device
+from omnimamba.model.weights import locate
 from omnimamba.train import loop
 from omnimamba.train.config import Recipe, read_recipe
+from omnimamba.train.parallel import ALONE, Processes, joined_processes
+from omnimamba.train.stages import STAGES
 
 logger = logging.getLogger("omnimamba.train")
 
@@ -23,11 +27,64 @@ def train(recipe_file: str | Path, overrides: Sequence[str] = (), *, device: str
     recipe = read_recipe(recipe_file, overrides)
     if recipe.kind == "tokenizer":
         return train_tokenizer(recipe)
-    where = resolve_device(device)
-    return loop.run(make_objective(recipe, where), recipe, where, show_progress=show_progress)
+    chosen = resolve_device(device)
+    check_files(recipe)
+    with joined_processes(chosen) as (processes, where):
+        if not processes.is_main:
+            logger.setLevel(logging.ERROR)
+        check_share(recipe, processes.size)
+        objective = make_objective(recipe, where, processes)
+        return loop.run(objective, recipe, where, processes=processes, show_progress=show_progress)
 
 
-def make_objective(recipe: Recipe, device: torch.device) -> loop.Objective:
+TASK_FILES = {"mmu": ("conversations",), "t2i": ("captions", "tokens")}
+"""Keys of [data] that a task reads."""
+
+
+def check_files(recipe: Recipe) -> None:
+    """ValueError if what the recipe reads is not there, with the nearest name that is."""
+    data, init, folder = recipe.data, recipe.init, Path(recipe.data.folder)
+    for name in ("tokenizer", "vision", "vq"):
+        if (file := getattr(init, name)) and not Path(file).is_file():
+            raise ValueError(f"init.{name}={file}: no such file; {nearest_file(Path(file))}. The recipe that makes it comes first")
+    for name in ("model", "mmu", "t2i", "encoders"):
+        if source := getattr(init, name):
+            locate(source)
+    if data.images == "datasets":
+        return  # known when it is opened, by its own library
+    if not folder.is_dir():
+        raise ValueError(f"data.folder={folder}: no such folder; {nearest_file(folder)}")
+    keys = [key for task in STAGES[recipe.train.stage].tasks for key in TASK_FILES[task]] if recipe.kind == "omnimamba" else []
+    for split in filter(None, (data.train_split, data.val_split)):
+        for key in keys:
+            file = folder / getattr(data, key).replace("{split}", split)
+            if getattr(data, key) and not file.is_file() and not file.with_name(file.name + ".gz").is_file():
+                raise ValueError(f"data.{key}: {file}: no such file; {nearest_file(file)}")
+        if data.images == "parquet":
+            parquet_files(folder, split)
+
+
+def nearest_file(path: Path) -> str:
+    """A hint at what lies where the path should."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    return nearest_name(path.name, [other.name for other in path.parent.iterdir() if not other.name.startswith(".")])
+
+
+def check_share(recipe: Recipe, num_processes: int) -> None:
+    """ValueError if a step cannot be split evenly over the processes and the parts that each computes it in."""
+    train, parts = recipe.train, num_processes * recipe.train.accumulate
+    if parts > 1 and recipe.kind != "omnimamba":
+        raise ValueError(f"a {recipe.kind} recipe runs on one process, in one part; start it without torchrun and train.accumulate")
+    for name in ("mmu_batch", "t2i_batch"):
+        if (batch := getattr(train, name)) % parts:
+            raise ValueError(
+                f"train.{name}={batch} is that of a whole step; pass a multiple of {parts}, "
+                f"for {num_processes} processes with train.accumulate={train.accumulate}"
+            )
+
+
+def make_objective(recipe: Recipe, device: torch.device, processes: Processes = ALONE) -> loop.Objective:
     if recipe.kind == "vq":
         from omnimamba.train.vq import VQObjective
 
@@ -38,7 +95,7 @@ def make_objective(recipe: Recipe, device: torch.device) -> loop.Objective:
         return TowerObjective(recipe, device)
     from omnimamba.train.omnimamba import OmniMambaObjective
 
-    return OmniMambaObjective(recipe, device)
+    return OmniMambaObjective(recipe, device, processes)
 
 
 def train_tokenizer(recipe: Recipe) -> Path:
@@ -52,6 +109,6 @@ def train_tokenizer(recipe: Recipe) -> Path:
         texts += [text for row in rows for _, text in row.turns]
     out = Path(recipe.out) / "model"
     out.mkdir(parents=True, exist_ok=True)
-    train_text_tokenizer(texts, preset(recipe.preset).base_vocab_size).save(str(out / "tokenizer.json"))
+    train_text_tokenizer(texts, recipe.config.base_vocab_size).save(str(out / "tokenizer.json"))
     logger.info("text tokenizer of %d texts in %s", len(texts), out)
     return out

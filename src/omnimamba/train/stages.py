@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from omnimamba.config import Task
+
 GROUPS: dict[str, str] = {
     # group: pattern of the parameter names that belong to it; every parameter belongs to exactly one
     "text_embedding": r"text_embedding\..*",
@@ -38,7 +40,11 @@ STAGES: dict[str, Stage] = {
     "stage1_mmu": Stage(("mmu",), ("projector", "mmu_lora", "mmu_positions")),
     "stage1_t2i": Stage(("t2i",), ("image_embedding", "caption_mlp", "t2i_lora", "t2i_positions")),
     "stage2": Stage(("mmu", "t2i"), tuple(GROUPS)),
+    "lora_mmu": Stage(("mmu",), ("mmu_lora",)),
+    "lora_t2i": Stage(("t2i",), ("t2i_lora",)),
 }
+LORA_STAGES = {"lora_mmu": Task.MMU, "lora_t2i": Task.T2I}
+"""Not the paper's: own data for a finished model, of which only a task's LoRA changes. The result is also an adapter."""
 
 BACKBONE_GROUPS = ("backbone", "text_embedding")
 """Pretrained in the paper (state-spaces/mamba2-1.3b). A preset without pretrained weights trains them in stage 1 too."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimamba.config import TowerConfig, preset
-from omnimamba.data.augment import Augmentation, augment, normalise, unit_range
+from omnimamba.config import TowerConfig
+from omnimamba.data.augment import augment, collage, normalise, unit_range
 from omnimamba.data.collate import pad_right
 from omnimamba.data.images import Images, InMemoryImages, open_parquet_images, read_parquet_rows
 from omnimamba.data.mixture import EpochSampler, step_rng
@@ -27,6 +27,7 @@ from omnimamba.model.files import save_tensors
 from omnimamba.model.vision import VisionTowers
 from omnimamba.processor.tokenizer import TextTokenizer
 from omnimamba.train.config import Recipe
+from omnimamba.train.loop import Objective
 
 VALIDATION_BATCH = 256
 
@@ -69,10 +70,10 @@ class ContrastiveTower(nn.Module):
         return self.heads.embed_features(self.vision({self.name: pixels}))
 
 
-class TowerObjective:
+class TowerObjective(Objective):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.config = preset(recipe.preset)
+        self.config = recipe.config
         if len(self.config.towers) != 1:
             raise ValueError(f"preset {recipe.preset} has {len(self.config.towers)} towers; only a single one can be trained")
         tokenizer = TextTokenizer.from_file(recipe.init.tokenizer, self.config)
@@ -108,28 +109,25 @@ class TowerObjective:
         return len(batch[0])
 
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A batch is three kinds of images: plain, texture, and strongly changed ones, of which only the last are blended."""
+        """A batch is three kinds of images: plain, collages, and strongly changed ones, of which only the last are blended."""
         pixels, targets = batch
         settings, b = self.recipe.tower, len(pixels)
         self.tower.train()
         plain = round(settings.plain_share * b)
-        texture = plain + round(settings.texture_share * b)
+        first = plain + round(settings.collage_share * b)  # of the strongly changed ones
         images = unit_range(pixels.to(self.device))
-        changed = augment(images[texture:], self.recipe.augment, generator)
-        share, other = self._mix(texture, b, step)
-        images = torch.cat(
-            [
-                augment(images[:plain], self.recipe.augment_plain, generator),
-                augment(images[plain:texture], Augmentation(texture=1.0), generator),
-                torch.lerp(changed[other[texture:] - texture], changed, share),
-            ]
-        )
-        embedded = self.tower.embed(images)
+        parts = [augment(images[:plain], self.recipe.augment_plain, generator)]
+        if plain < first:
+            labels = torch.stack([targets[column][plain:first] for column in settings.collage_labels], 1)
+            parts.append(collage(images[plain:first], labels.unique(dim=0, return_inverse=True)[1].to(self.device), generator))
+        changed = augment(images[first:], self.recipe.augment, generator)
+        share, other = self._mix(first, b, step)
+        embedded = self.tower.embed(torch.cat([*parts, torch.lerp(changed[other[first:] - first], changed, share)]))
         texts = self._embed_texts(self.tower.heads)
-        shown = torch.cat([torch.arange(plain), torch.arange(texture, b)]).to(self.device)
+        drawn, shown = torch.arange(first, device=self.device), torch.cat([torch.arange(plain), torch.arange(first, b)]).to(self.device)
         losses, figures = [], {}
         for column, weight in settings.labels.items():
-            rows = slice(0, texture) if column in settings.texture_labels else shown
+            rows = drawn if column in settings.collage_labels else shown
             scores = self.tower.heads.scores(embedded[rows], texts[column])
             target = targets[column].to(self.device)
             loss = share * F.cross_entropy(scores, target[rows], label_smoothing=settings.label_smoothing)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnimamba.config import preset
 from omnimamba.data.augment import augment, normalise, unit_range
 from omnimamba.data.images import Images, InMemoryImages, open_parquet_images
 from omnimamba.data.mixture import EpochSampler
@@ -18,6 +17,7 @@ from omnimamba.model.vq import VQModel
 from omnimamba.processor.image import to_pil
 from omnimamba.train.config import Recipe
 from omnimamba.train.frozen import load_frozen, load_weights
+from omnimamba.train.loop import Objective
 from omnimamba.train.optim import trainable
 from omnimamba.train.samples import image_grid
 from omnimamba.train.vq_losses import (
@@ -32,10 +32,10 @@ from omnimamba.train.vq_losses import (
 NUM_SAMPLES = 8
 
 
-class VQObjective:
+class VQObjective(Objective):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.config = preset(recipe.preset)
+        self.config = recipe.config
         torch.manual_seed(recipe.train.seed)
         self.vq = VQModel(self.config.vq)
         if recipe.init.vq:

@@ -1,0 +1,179 @@
+"""The paper's ablations (arXiv 2503.08686, table 4) at the size of nano, and two of our own: one command for all, over several seeds.
+
+    python -m omnimamba.train.ablations recipes/ablations data.folder=EMOJI
+
+Each variant and seed is a chain of recipes, each starting from the model of the one before; the last model is scored on the emoji
+benchmark. What is finished is not run again, so the command can be interrupted, given more seeds, or split over machines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from omnimamba.config import nearest_name
+from omnimamba.engine.omnimamba import OmniMamba
+from omnimamba.eval.emoji import evaluate
+from omnimamba.model.files import whole_file
+from omnimamba.train.config import read_recipe
+from omnimamba.train.run import train
+
+logger = logging.getLogger("omnimamba.train")
+CHAIN = ("1-stage1-t2i", "2-stage1-mmu", "3-stage2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    what: str
+    recipes: tuple[str, ...] = CHAIN
+    overrides: tuple[str, ...] = ()
+    """Of every recipe."""
+    last_overrides: tuple[str, ...] = ()
+    """Of the last recipe only."""
+
+
+VARIANTS = {
+    "full": Variant("decoupled vocabularies, task LoRA, decoupled stages"),
+    "no-task-lora": Variant("without task LoRA", overrides=("model.lora.rank=0",)),
+    "unified-vocabulary": Variant("one vocabulary for text and images", overrides=("model.unified_vocabulary=true",)),
+    "joint": Variant("both tasks from the first step, as many samples", recipes=("joint",)),
+    "mostly-painting": Variant(
+        "stage 2 with 15 samples of painting for one of understanding", last_overrides=("train.mmu_batch=16", "train.t2i_batch=240")
+    ),
+    "mostly-understanding": Variant(
+        "stage 2 with 15 samples of understanding for one of painting", last_overrides=("train.mmu_batch=240", "train.t2i_batch=16")
+    ),
+}
+FIGURES = {
+    "caption_exact_match": "name right",
+    "subgroup_accuracy": "subgroup right",
+    "style_accuracy": "style right",
+    "presence_accuracy": "yes/no right",
+    "painted_top1": "painting recognised",
+    "painted_top5": "among first five",
+}
+"""Figures of the emoji benchmark, and their columns in the table; all are shares."""
+REPORT = "report.json"
+
+
+def run_variant(
+    recipes: Path,
+    name: str,
+    seed: int,
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    steps: float,
+    num_prompts: int,
+    limit: int | None,
+    device: str,
+) -> None:
+    """Trains and scores one variant with one seed, unless that is done; `steps` is a factor on the recipes' steps and warm-ups."""
+    variant, folder = VARIANTS[name], out / name / f"seed-{seed}"
+    if (folder / REPORT).is_file():
+        return
+    model: Path | None = None
+    for recipe in variant.recipes:
+        file = recipes / f"{recipe}.toml"
+        changes = [*variant.overrides, *(variant.last_overrides if recipe == variant.recipes[-1] else ())]
+        changes += [f"train.seed={seed}", f"out={folder / recipe}", *([f"init.model={model}"] if model else []), *overrides]
+        planned = read_recipe(file, changes)
+        changes += [f"train.{key}={max(1, round(getattr(planned.train, key) * steps))}" for key in ("steps", "warmup")]
+        model = train(file, changes, device=device)
+    assert model is not None
+    split, data = planned.data.val_split, Path(planned.data.folder)
+    report = evaluate(OmniMamba.from_pretrained(model, device=device), data, split=split, limit=limit, num_prompts=num_prompts, seed=0)
+    with whole_file(folder / REPORT) as partial:
+        partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def collect(out: Path) -> dict[str, dict[str, list[float]]]:
+    """The figures of all finished runs: variant, figure, one value for each seed."""
+    results: dict[str, dict[str, list[float]]] = {}
+    for name in VARIANTS:
+        reports = [json.loads(path.read_text(encoding="utf-8"))["figures"] for path in sorted((out / name).glob(f"seed-*/{REPORT}"))]
+        if reports:
+            results[name] = {figure: [report[figure]["value"] for report in reports] for figure in FIGURES if figure in reports[0]}
+    return results
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter 0 for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Markdown: a row for each variant, mean and standard deviation over seeds in percent."""
+    columns = [figure for figure in FIGURES if any(figure in figures for figures in results.values())]
+    lines = [["variant", "what", "seeds", *(FIGURES[figure] for figure in columns)], ["---"] * (3 + len(columns))]
+    for name, figures in results.items():
+        cells = ["{:.1f} ± {:.1f}".format(*(100 * x for x in mean_and_spread(figures[figure]))) for figure in columns]
+        lines.append([name, VARIANTS[name].what, str(len(figures[columns[0]])), *cells])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def plot(results: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """A panel for each figure: the mean of each variant as a bar, its seeds as points."""
+    from matplotlib.figure import Figure
+
+    columns = [figure for figure in FIGURES if any(figure in figures for figures in results.values())]
+    picture = Figure(figsize=(3.2 * len(columns), 0.5 * len(results) + 1.2), layout="constrained")
+    panels = picture.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    places = range(len(results))
+    for column, panel in zip(columns, panels, strict=True):
+        rows = [[100 * value for value in figures[column]] for figures in results.values()]
+        means, spreads = zip(*map(mean_and_spread, rows), strict=True)
+        panel.barh(places, means, xerr=spreads, color="lightsteelblue", ecolor="grey", capsize=3)
+        for place, row in zip(places, rows, strict=True):
+            panel.plot(row, [place] * len(row), "k.", markersize=4)
+        panel.set(title=FIGURES[column], xlabel="%", xlim=(0, None))
+        panel.set_yticks(list(places), list(results))
+    panels[0].invert_yaxis()
+    picture.savefig(file, dpi=120)
+
+
+def main(
+    recipes: Annotated[Path, typer.Argument(help="Folder of the recipes.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to all of them, e.g. data.folder=EMOJI", show_default=False)
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help=f"Only these: {', '.join(VARIANTS)}.", show_default=False)] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each.")] = 3,
+    steps: Annotated[float, typer.Option(help="Factor on the recipes' steps: less than 1 for a quick look.")] = 1.0,
+    num_prompts: Annotated[int, typer.Option(min=0, help="Captions to paint for the score.")] = 200,
+    limit: Annotated[int | None, typer.Option(help="Score on so many drawings only.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, table.md, results.json and ablations.png.")] = Path("runs/ablations"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+) -> None:
+    """Run the ablations, and write their table and plot."""
+    logging.basicConfig(level=logging.WARNING, format="omnimamba: %(message)s")
+    logging.getLogger("omnimamba").setLevel(logging.INFO)
+    names = list(variant or VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise typer.BadParameter(f"unknown variant {unknown[0]!r}; {nearest_name(unknown[0], VARIANTS)}")
+    if not steps > 0:
+        raise typer.BadParameter(f"--steps {steps} is not above 0")
+    for seed in range(seeds):  # seed by seed, so that an interrupted study compares like with like
+        for name in names:
+            logger.info("%s, seed %d", name, seed)
+            run_variant(recipes, name, seed, out, overrides or [], steps=steps, num_prompts=num_prompts, limit=limit, device=device)
+    write_results(out)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
+
+
+def write_results(out: Path) -> None:
+    results: dict[str, Any] = collect(out)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table(results), encoding="utf-8")
+    plot(results, out / "ablations.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

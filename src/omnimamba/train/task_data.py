@@ -1,0 +1,283 @@
+"""The samples of the two tasks: conversations about images as ids and labels, captions and the VQ ids of their images."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, nearest_name
+from omnimamba.data.augment import augment
+from omnimamba.data.collate import pad_right
+from omnimamba.data.huggingface import COLUMN, column_captions, column_conversations, open_dataset, open_dataset_images
+from omnimamba.data.images import BrokenImages, Images, InMemoryImages, open_folder_images, open_parquet_images
+from omnimamba.data.prepare import image_ids, read_image_ids
+from omnimamba.data.text import Captions, Conversation, read_captions, read_conversations
+from omnimamba.model.vq import VQModel
+from omnimamba.processor import prompt as layout
+from omnimamba.processor.tokenizer import TextTokenizer
+from omnimamba.train.config import Data, Recipe
+from omnimamba.train.parallel import ALONE, Processes
+
+logger = logging.getLogger("omnimamba.train")
+LENGTH_MULTIPLE = 16
+"""Text of an understanding batch is padded to a multiple of this, so that few shapes occur."""
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclasses.dataclass
+class MMUBatch:
+    ids: Tensor
+    """[b, 4 + t] markers and text, right-padded."""
+    labels: Tensor
+    """[b, t]"""
+    pixels: Tensor | None
+    """uint8 [i, 3, s, s] of the rows that have an image."""
+    image_rows: Tensor
+    """[i]"""
+    num_labels: int
+    """What the summed loss is divided by: the labels of the whole step, of all processes, or with train.mean_by_sample its samples."""
+
+    def split(self, num: int) -> list[MMUBatch]:
+        size, parts = len(self.ids) // num, []
+        for start in range(0, len(self.ids), size):
+            rows = slice(start, start + size)
+            inside = (self.image_rows >= start) & (self.image_rows < start + size)
+            pixels = self.pixels[inside.to(self.pixels.device)] if self.pixels is not None and inside.any() else None
+            parts.append(MMUBatch(self.ids[rows], self.labels[rows], pixels, self.image_rows[inside] - start, self.num_labels))
+        return parts
+
+
+@dataclasses.dataclass
+class T2IBatch:
+    caption_ids: Tensor
+    """[b, prompt + 1]"""
+    image_ids: Tensor
+    """[b, k]"""
+    num_labels: int
+    """Image tokens of the whole step, of all processes."""
+
+    def split(self, num: int) -> list[T2IBatch]:
+        size = len(self.image_ids) // num
+        parts = zip(self.caption_ids.split(size), self.image_ids.split(size), strict=True)
+        return [T2IBatch(*part, self.num_labels) for part in parts]
+
+
+class UnderstandingSample(NamedTuple):
+    """A conversation as ids and labels, both without the markers; its image, None for text only; and its data set's label."""
+
+    ids: list[int]
+    labels: list[int]
+    image: str | None
+    kind: str
+
+
+class UnderstandingData:
+    """Conversations of a split as ids and labels, and the images they are about."""
+
+    def __init__(
+        self, recipe: Recipe, split: str, tok: TextTokenizer, config: OmniMambaConfig, device: torch.device, broken: BrokenImages
+    ) -> None:
+        data, limit = recipe.data, recipe.train.max_text_tokens
+        check_text_limit(limit, config)
+        self.samples: list[UnderstandingSample] = []
+        num_too_long = 0
+        conversations = of_kinds(read_task_conversations(data, split), data.kinds)
+        for conversation in (*conversations, *joined(conversations, data.joined, recipe.train.seed)):
+            sample = understanding_sample(tok, conversation, limit, is_alignment=data.alignment)
+            if sample is None:
+                num_too_long += 1
+            else:
+                self.samples.append(sample)
+        if not self.samples:
+            raise ValueError(f"data.conversations: no sample has an answer within train.max_text_tokens={limit}; raise it")
+        if num_too_long:
+            logger.warning(
+                "%d of %d conversations left out: no answer within train.max_text_tokens=%d",
+                num_too_long,
+                num_too_long + len(self.samples),
+                limit,
+            )
+        self.tok, self.by_sample = tok, recipe.train.mean_by_sample
+        names = list(dict.fromkeys(sample.image for sample in self.samples if sample.image is not None))
+        self.images = open_images(data, split, names, tower_image_size(config), "naive", device, broken)
+        self.samples = [sample for sample in self.samples if sample.image is None or sample.image in self.images.position]
+        if not self.samples:
+            raise ValueError("data.conversations: no sample is left without the images that are missing")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(sample.ids) for sample in self.samples)
+
+    def batch(self, idx: list[int], processes: Processes = ALONE) -> MMUBatch:
+        """This process's share of the samples of a step."""
+        num_labels = len(idx) if self.by_sample else count_labels(self.samples[i] for i in idx)
+        return mmu_batch(self.tok, *self.with_images(processes.share(idx)), num_labels)
+
+    def with_images(self, idx: list[int]) -> tuple[list[UnderstandingSample], list[Tensor]]:
+        """The samples and the images of those that have one. The next sample takes the place of one whose image is broken."""
+        samples = [self.samples[i] for i in idx]
+        found = iter(self.images.find([self.images.position[sample.image] for sample in samples if sample.image is not None]))
+        images: list[Tensor] = []
+        for row, i in enumerate(idx):
+            image = next(found) if samples[row].image is not None else None
+            others = iter(range(i + 1, i + len(self.samples)))
+            while image is None and samples[row].image is not None:
+                if (i := next(others, -1)) < 0:
+                    raise ValueError("data.conversations: all images are broken")
+                samples[row] = self.samples[i % len(self.samples)]
+                if (name := samples[row].image) is not None:
+                    (image,) = self.images.find([self.images.position[name]])
+            if image is not None:
+                images.append(image)
+        return samples, images
+
+
+def check_text_limit(limit: int, config: OmniMambaConfig) -> None:
+    room = config.mmu_positions - config.num_vision_tokens - 4
+    if limit > room:
+        raise ValueError(f"train.max_text_tokens={limit} exceeds the {room} positions left after the image; lower it")
+
+
+def tower_image_size(config: OmniMambaConfig) -> int:
+    sizes = {tower.image_size for tower in config.towers.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"towers of unequal image sizes {sorted(sizes)} cannot be trained together")
+    return sizes.pop()
+
+
+def understanding_sample(tok: TextTokenizer, conversation: Conversation, limit: int, *, is_alignment: bool) -> UnderstandingSample | None:
+    """The sample of a conversation; None if no answer ends within `limit` tokens."""
+    turns = [(ROLES[speaker], text) for speaker, text in conversation.turns]
+    try:
+        if is_alignment:
+            ids, labels = layout.caption_sample(tok, turns[1][1], limit)
+        else:
+            ids, labels = layout.conversation_sample(tok, turns, limit)
+    except ValueError:
+        return None
+    return UnderstandingSample(ids, labels, conversation.image, conversation.kind)
+
+
+def count_labels(samples: Iterable[UnderstandingSample]) -> int:
+    return sum(len(sample.labels) - sample.labels.count(IGNORE_INDEX) for sample in samples)
+
+
+def mmu_batch(tok: TextTokenizer, samples: list[UnderstandingSample], images: list[Tensor], num_labels: int) -> MMUBatch:
+    """images: those of the samples that have one, in order."""
+    markers = [*layout.mmu_before_image(tok), *layout.mmu_after_image(tok)]
+    ids = pad_right([[*markers, *sample.ids] for sample in samples], tok.pad_id, LENGTH_MULTIPLE)
+    labels = torch.full((len(samples), ids.shape[1] - len(markers)), IGNORE_INDEX)
+    for row, sample in enumerate(samples):
+        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+    image_rows = torch.tensor([row for row, sample in enumerate(samples) if sample.image is not None], dtype=torch.int64)
+    return MMUBatch(ids, labels, torch.stack(images) if images else None, image_rows, num_labels)
+
+
+def of_kinds(conversations: list[Conversation], kinds: tuple[str, ...]) -> list[Conversation]:
+    """Those whose `kind` is named; all if none is. ValueError for a kind that none of them has."""
+    if stray := set(kinds) - (there := {conversation.kind for conversation in conversations}):
+        raise ValueError(f"data.kinds names {sorted(stray)[0]!r}; {nearest_name(sorted(stray)[0], there)}")
+    return [conversation for conversation in conversations if not kinds or conversation.kind in kinds]
+
+
+def joined(conversations: list[Conversation], share: float, seed: int) -> list[Conversation]:
+    """For a share of the images, one conversation more: all that is asked about the image, in random order."""
+    by_image: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        if conversation.image is not None:
+            by_image.setdefault(conversation.image, []).append(conversation)
+    rng, more = np.random.default_rng((seed, *b"joined")), []
+    for image, rows in by_image.items():
+        if rng.random() < share:
+            turns = [turn for i in rng.permutation(len(rows)) for turn in rows[i].turns]
+            more.append(Conversation(image, tuple(turns), "joined"))
+    return more
+
+
+class PaintingData:
+    """Captions of a split, and their images as VQ ids [n, versions, k]."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        split: str,
+        tok: TextTokenizer,
+        config: OmniMambaConfig,
+        vq: VQModel | None,
+        device: torch.device,
+        broken: BrokenImages,
+    ) -> None:
+        data = recipe.data
+        captions = read_task_captions(data, split)
+        if data.tokens:
+            file = Path(data.folder) / data.tokens.replace("{split}", split)
+            by_image = {name: ids[None] for name, ids in read_image_ids(file, config.num_image_tokens, config.image_vocab_size).items()}
+            missing = [row.image for row in captions if row.image not in by_image]
+            broken.note_missing(missing, f"{len(missing)} captioned images have no VQ ids; tokenize them")
+        else:
+            assert vq is not None
+            names = [row.image for row in captions]
+            images = open_images(data, split, names, config.vq.image_size, "crop", device, broken)
+            num_versions = data.versions if split == data.train_split else 1
+            versions = [image_ids(vq, images, change=changed_version(recipe, version, device)) for version in range(num_versions)]
+            by_image = {name: torch.stack([ids[name] for ids in versions]) for name in versions[0]}
+        captions = [row for row in captions if row.image in by_image]
+        if not captions:
+            raise ValueError("data.captions: no caption is left without the images that are missing")
+        self.tok, self.captions = tok, [row.captions for row in captions]
+        self.image_ids = torch.stack([by_image[row.image] for row in captions])
+        self.null_ids = layout.t2i_training_ids(tok, None)
+
+    def batch(self, idx: list[int], rng: Any, dropout: float, processes: Processes = ALONE) -> T2IBatch:
+        """This process's share of the images of a step, each with one of its captions and versions at random, some captions dropped."""
+        num_versions, k = self.image_ids.shape[1:]
+        drawn = [(i, rng.random() < dropout, rng.integers(len(self.captions[i])), rng.integers(num_versions)) for i in idx]
+        rows, mine = [], []
+        for i, is_dropped, choice, version in processes.share(drawn):
+            rows.append(self.null_ids if is_dropped else layout.t2i_training_ids(self.tok, self.captions[i][choice]))
+            mine.append((i, int(version)))
+        return T2IBatch(torch.tensor(rows), self.image_ids[tuple(zip(*mine, strict=True))].long(), len(idx) * k)
+
+
+def changed_version(recipe: Recipe, version: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """The changes [augment_painting] that make version `version` of a data set's images, the same each time; None for the first."""
+    if version == 0:
+        return None
+    generator = torch.Generator(device).manual_seed(recipe.train.seed * 1_000_003 + version)
+    return lambda images: augment(images, recipe.augment_painting, generator)
+
+
+def read_task_captions(data: Data, split: str) -> list[Captions]:
+    """From the file or the column that data.captions names."""
+    if data.captions.startswith(COLUMN):
+        return column_captions(open_dataset(data.folder, split, data.image_column), data.captions.removeprefix(COLUMN))
+    return read_captions(Path(data.folder) / data.captions.replace("{split}", split))
+
+
+def read_task_conversations(data: Data, split: str) -> list[Conversation]:
+    """From the file or the column that data.conversations names."""
+    if data.conversations.startswith(COLUMN):
+        return column_conversations(open_dataset(data.folder, split, data.image_column), data.conversations.removeprefix(COLUMN))
+    return read_conversations(Path(data.folder) / data.conversations.replace("{split}", split))
+
+
+def open_images(data: Data, split: str, names: list[str], size: int, resize: str, device: torch.device, broken: BrokenImages) -> Images:
+    """The named images of a split, decoded beforehand if the recipe says so; those that are missing are noted as broken."""
+    if data.images == "folder":
+        images = open_folder_images(data.folder, names, size, resize=resize, num_threads=data.num_threads, broken=broken)
+    else:
+        if data.images == "parquet":
+            images = open_parquet_images(data.folder, split, size, resize=resize, num_threads=data.num_threads, broken=broken)
+        else:
+            dataset = open_dataset(data.folder, split, data.image_column)
+            images = open_dataset_images(dataset, data.image_column, size, resize=resize, num_threads=data.num_threads, broken=broken)
+        missing = [name for name in names if name not in images.position]
+        broken.note_missing(missing, f"{data.folder}: {len(missing)} images are not in the {split} split")
+    return InMemoryImages(images, device) if data.in_memory else images

@@ -1,0 +1,93 @@
+"""The ablations: every variant is a chain of valid recipes, fair in what it sees; table and plot; and the command, at tiny size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from omnimamba.train import ablations
+from omnimamba.train.ablations import CHAIN, VARIANTS
+from omnimamba.train.config import read_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "ablations"
+
+
+def recipes(name):
+    variant = VARIANTS[name]
+    last = variant.recipes[-1]
+    return [
+        read_recipe(RECIPES / f"{recipe}.toml", [*variant.overrides, *(variant.last_overrides if recipe == last else ())])
+        for recipe in variant.recipes
+    ]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_see_as_much_as_the_full_model(name):
+    """Samples of both tasks together; of each task too, but for the imbalanced ones."""
+
+    def seen(name):
+        return [sum(r.train.steps * getattr(r.train, f"{task}_batch") for r in recipes(name)) for task in ("mmu", "t2i")]
+
+    assert sum(seen(name)) == sum(seen("full"))
+    assert name.startswith("mostly") or seen(name) == seen("full")
+
+
+def test_variants_are_what_they_say():
+    full = recipes("full")[-1].config
+    assert full.lora.rank == 8 and not full.unified_vocabulary
+    assert all(recipe.config.lora.rank == 0 for recipe in recipes("no-task-lora"))
+    assert all(recipe.config.unified_vocabulary for recipe in recipes("unified-vocabulary"))
+    (joint,) = recipes("joint")
+    assert joint.train.stage == "stage2" and not joint.init.model
+    last = recipes("mostly-painting")[-1].train
+    assert last.t2i_batch == 15 * last.mmu_batch
+    assert [recipe.train.stage for recipe in recipes("full")] == ["stage1_t2i", "stage1_mmu", "stage2"]
+
+
+RESULTS = {
+    "full": {"caption_exact_match": [0.5, 0.6, 0.7], "painted_top1": [0.1, 0.1, 0.1]},
+    "joint": {"caption_exact_match": [0.25], "painted_top1": [0.0]},
+}
+
+
+def test_table_and_plot(tmp_path):
+    assert ablations.table(RESULTS).splitlines() == [
+        "| variant | what | seeds | name right | painting recognised |",
+        "| --- | --- | --- | --- | --- |",
+        "| full | decoupled vocabularies, task LoRA, decoupled stages | 3 | 60.0 ± 10.0 | 10.0 ± 0.0 |",
+        "| joint | both tasks from the first step, as many samples | 1 | 25.0 ± 0.0 | 0.0 ± 0.0 |",
+    ]
+    ablations.plot(RESULTS, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, data_folder, tokenizer_file, encoders, monkeypatch):
+    """Two variants of the tiny model, scored, and not run again."""
+    scores = iter((0.5, 0.25))
+
+    class Report:
+        def to_dict(self):
+            return {"figures": {"caption_exact_match": {"value": next(scores)}}}
+
+    monkeypatch.setattr(ablations, "evaluate", lambda *_, **__: Report())
+    files = [f"init.tokenizer={tokenizer_file}", f"init.vision={encoders}/vision.safetensors", f"init.vq={encoders}/vq.safetensors"]
+    overrides = [*files, "preset=tiny", f"data.folder={data_folder}", "data.kinds=[]", "train.precision=fp32"]
+    for name, chain in (("full", CHAIN), ("joint", ("joint",))):
+        for _ in range(2):
+            ablations.run_variant(RECIPES, name, 1, tmp_path, overrides, steps=1 / 1200, num_prompts=0, limit=None, device="cpu")
+        assert [path.name for path in sorted((tmp_path / name / "seed-1").iterdir()) if path.is_dir()] == list(chain)
+    ablations.write_results(tmp_path)
+    expected = {"full": {"caption_exact_match": [0.5]}, "joint": {"caption_exact_match": [0.25]}}
+    assert json.loads((tmp_path / "results.json").read_text()) == expected
+    assert (tmp_path / "ablations.png").is_file() and (tmp_path / "table.md").read_text().count("\n") == 4
+
+
+def test_an_unknown_variant():
+    command = [sys.executable, "-m", "omnimamba.train.ablations", RECIPES, "--variant", "no-lora"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and "did you mean 'no-task-lora'" in result.stderr
