@@ -25,11 +25,11 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # rms(error) / rms(exp
 CHECKED_ROWS = 4
 EPS = 1e-5
 SHAPES: dict[str, dict[str, int]] = {
-    "nano T2I": {"b": 256, "l": 293, "h": 8, "p": 64, "n": 64, "d": 256, "chunk_size": 64},
-    "nano MMU": {"b": 512, "l": 64, "h": 8, "p": 64, "n": 64, "d": 256, "chunk_size": 64},
-    "1.3b T2I": {"b": 48, "l": 329, "h": 64, "p": 64, "n": 128, "d": 2048, "chunk_size": 256},
-    "1.3b MMU": {"b": 3, "l": 1000, "h": 64, "p": 64, "n": 128, "d": 2048, "chunk_size": 256},
-    "1.3b prefill": {"b": 1, "l": 760, "h": 64, "p": 64, "n": 128, "d": 2048, "chunk_size": 256},
+    "nano T2I": {"b": 256, "l": 293, "h": 8, "p": 64, "n": 64, "chunk_size": 64},
+    "nano MMU": {"b": 512, "l": 64, "h": 8, "p": 64, "n": 64, "chunk_size": 64},
+    "1.3b T2I": {"b": 48, "l": 329, "h": 64, "p": 64, "n": 128, "chunk_size": 256},
+    "1.3b MMU": {"b": 3, "l": 1000, "h": 64, "p": 64, "n": 128, "chunk_size": 256},
+    "1.3b prefill": {"b": 1, "l": 760, "h": 64, "p": 64, "n": 128, "chunk_size": 256},
 }
 
 Tensors = dict[str, Tensor]
@@ -43,7 +43,7 @@ def cases(shape: dict[str, int], dtype: torch.dtype) -> Iterator[tuple[str, Tens
     from omnimamba.ops.triton import norm as norm_kernel
     from omnimamba.ops.triton import ssd as ssd_kernel
 
-    b, l, h, p, n, d, chunk_size = shape.values()
+    b, l, h, p, n, chunk_size = shape.values()
     d_inner = h * p
     conv_dim = d_inner + 2 * n
 
@@ -75,12 +75,6 @@ def cases(shape: dict[str, int], dtype: torch.dtype) -> Iterator[tuple[str, Tens
         {"y": randn(b, l, d_inner), "z": z, "weight": torch.ones(d_inner, device="cuda")},
         lambda **t: norm_kernel.gated_rms_norm(**t, eps=EPS),
         lambda **t: norm.plain_gated_rms_norm(**t, eps=EPS),
-    )
-    yield (
-        "rms_norm",
-        {"x": torch.randn(b, l, d, device="cuda"), "weight": torch.ones(d, device="cuda")},
-        lambda **t: norm_kernel.rms_norm(**t, eps=EPS),
-        lambda **t: norm.plain_rms_norm(**t, eps=EPS),
     )
 
 

@@ -402,3 +402,13 @@ def test_bfloat16_states(model, mixed, dtype):
     found = engine.run(mixed)
     assert all(len(samples[0].tokens) == 24 for samples in found)
     assert [samples[0].tokens[0] for samples in found] == [samples[0].tokens[0] for samples in Engine(model).run(mixed)]
+
+
+def test_running_states_have_no_gaps_between_them(engine_of, mixed, monkeypatch):
+    """Short answers end between long ones; what is left is decoded in place, and says the same."""
+    requests = [with_sampling(request, max_new_tokens=5 + 9 * (i % 3)) for i, request in enumerate(mixed * 2)]
+    expected, engine, seen = alone(engine_of, requests), engine_of(num_slots=16), []
+    decode = engine.runner.decode
+    monkeypatch.setattr(engine.runner, "decode", lambda slots, *args: seen.append(slots) or decode(slots, *args))
+    assert tokens_of(engine.run(requests)) == expected
+    assert all(slots == list(range(len(slots))) for slots in seen[-14:]) and len(seen[-1]) < len(seen[0])

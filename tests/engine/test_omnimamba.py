@@ -223,7 +223,7 @@ def test_a_conversation_is_one_prompt(omni, tokenizer):
     positions = [position for _, position in read]
     assert positions == sorted(positions) and read[0][0] is None
     engine = omni.engine
-    request = Request(Task.MMU, omni._first_turn("what is this?"), sampling=SamplingParams(0, max_new_tokens=6))
+    request = Request(Task.MMU, omni.first_turns([("user", "what is this?")]), sampling=SamplingParams(0, max_new_tokens=6))
     (sample,) = engine.run([request])[0]
     assert tokenizer.decode(sample.tokens).strip() == conversation.messages[1][1]
 

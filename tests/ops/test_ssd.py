@@ -158,3 +158,17 @@ def test_huge_decays_neither_overflow_nor_turn_nan():
 def test_segment_sums():
     decay = torch.tensor([5.0, 1.0, 10.0])
     assert segment_sums(decay).tolist() == [[0, -torch.inf, -torch.inf], [1, 0, -torch.inf], [11, 10, 0]]
+
+
+def test_a_step_does_not_depend_on_the_rows_beside_it():
+    b, h, p, n, g = 5, 8, 16, 32, 2
+    state = torch.randn(b, h, p, n)
+    rows = torch.randn(b, h, p), torch.rand(b, h), torch.randn(b, g, n), torch.randn(b, g, n)
+    A, D = -torch.rand(h), torch.randn(h)
+    states = [state.clone(), state.clone()]
+    x, dt, B, C = rows
+    whole = ssd_step(states[0], x, dt, A, B, C, D=D)
+    for i in range(b):
+        x, dt, B, C = (row[i : i + 1] for row in rows)
+        assert torch.equal(ssd_step(states[1][i : i + 1], x, dt, A, B, C, D=D), whole[i : i + 1])
+    assert torch.equal(*states)

@@ -14,14 +14,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from omnimamba.ops.triton import conv, norm, ssd
+from omnimamba.ops.triton import conv, decode, decode_sample, norm, ssd
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 SHARED_MEMORY = 227 * 1024  # of one program, compute capability 9.0
 SPILLED = 256  # bytes per thread: a few values; a tile too many spills more
@@ -37,7 +45,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps, num_stages, **constants) -> None:
+    def compile(self, *args, num_warps, num_stages=1, launch_pdl=False, maxnreg=None, **constants) -> None:
         signature, constexprs, attributes = {}, {}, {}
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
         for i, parameter in enumerate(self.kernel.params):
@@ -50,7 +58,7 @@ class Compiled:
             if is_tensor or (isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constexprs, attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert compiled.metadata.shared <= SHARED_MEMORY
         ptx = self.folder / "kernel.ptx"
@@ -65,7 +73,7 @@ def kernels(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     stand_ins = []
     for module in (conv, norm, ssd):
-        for name in ("forward_kernel", "states_kernel", "backward_kernel"):
+        for name in ("forward_kernel", "states_kernel", "activation_backward_kernel", "backward_kernel"):
             if hasattr(module, name):
                 stand_ins.append(Compiled(getattr(module, name), tmp_path))
                 monkeypatch.setattr(module, name, stand_ins[-1])
@@ -83,7 +91,6 @@ def run_all(b, l, h, p, n, dtype, has_state) -> None:
     x, B, C = x.unflatten(-1, (h, p)), B.unflatten(-1, (1, n)), C.unflatten(-1, (1, n))
     y, final = ssd.ssd_chunk_scan(x, dt.float(), torch.empty(h), B, C, D=torch.empty(h), initial_state=state)
     out = norm.gated_rms_norm(y.flatten(-2), z, torch.empty(d_inner), 1e-5)
-    out = norm.rms_norm(out, torch.empty(d_inner), 1e-5)
     torch.autograd.backward([out, final] if has_state else [out], [torch.empty_like(m) for m in ([out, final] if has_state else [out])])
 
 
@@ -104,3 +111,61 @@ def test_fp32(kernels):
 def test_sizes_smaller_than_a_tile(kernels):
     run_all(2, 5, h=2, p=24, n=20, dtype=torch.float16, has_state=False)
     assert all(kernel.spilled for kernel in kernels)
+
+
+@pytest.fixture
+def decode_kernels(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    stand_ins = {}
+    for module, names in ((decode, ("project", "mix", "norm", "embed")), (decode_sample, ("score", "finish"))):
+        for name in names:
+            stand_ins[name] = Compiled(getattr(module, f"{name}_kernel"), tmp_path)
+            monkeypatch.setattr(module, f"{name}_kernel", stand_ins[name])
+    return stand_ins
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_projections_of_1_3b(decode_kernels, dtype, num_rows):
+    lora = decode.Lora(torch.empty(16, 2048, dtype=torch.bfloat16), torch.empty(2, 8512, 8, dtype=torch.bfloat16), 4.0)
+    shift = decode.Shift(
+        torch.empty(4, 4352, 4, dtype=torch.bfloat16), torch.zeros(num_rows, dtype=torch.int64), torch.empty(num_rows, 256)
+    )
+    for n, k, options in ((8512, 2048, {"lora": lora}), (2048, 4096, {"add": True, "shift": shift})):
+        weight = decode.Weight(torch.empty(n, k, dtype=dtype), None if dtype == torch.bfloat16 else torch.empty(n))
+        out = torch.empty(num_rows, n + 16)
+        decode.project(torch.empty(num_rows, k), torch.empty(k, dtype=torch.bfloat16), weight, out, eps=1e-5, pdl=True, **options)
+    assert decode_kernels["project"].spilled == [0, 0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_the_rest_of_a_step_of_1_3b(decode_kernels, num_rows):
+    """The wide batch reads projections in bf16."""
+    h, n, d_inner, conv_dim = 64, 128, 4096, 4352
+    bf16 = torch.bfloat16
+    slots = torch.zeros(num_rows, dtype=torch.int64)
+    lora = decode.Lora(torch.empty(16, 2048, dtype=bf16), torch.empty(2, 8512, 8, dtype=bf16), 4.0)
+    mixer = decode.MixerWeights(
+        torch.empty(conv_dim, 4, dtype=bf16), torch.empty(conv_dim, dtype=bf16), torch.empty(h), torch.empty(h), torch.empty(h)
+    )
+    conv_state, ssm = torch.empty(num_rows, conv_dim, 4, dtype=bf16), torch.empty(num_rows, h, 64, n)
+    projected = torch.empty(num_rows, 8528, dtype=torch.float32 if num_rows == 1 else bf16)
+    y, newest = torch.empty(num_rows, d_inner), torch.empty(num_rows, 2 * n)
+    decode.mix(projected, lora, mixer, conv_state, ssm, slots, slots, y, newest, pdl=True)
+    residual, addend = torch.empty(num_rows, 2048), torch.empty(num_rows, 2048, dtype=bf16)
+    decode.norm(residual, torch.empty(2048, dtype=bf16), addend, eps=1e-5, addend=addend, pdl=True)
+    shift = decode.Shift(conv_state, slots, newest)
+    decode.norm(y, torch.empty(d_inner, dtype=bf16), torch.empty(num_rows, d_inner, dtype=bf16), eps=1e-5, shift=shift, pdl=True)
+    tables = [torch.empty(v, 2048, dtype=bf16) for v in (16384, 50288, 329, 1500)]
+    embedding = decode.Embedding(tables[0], decode.Weight(tables[1]), tables[2], tables[3])
+    decode.embed(slots, slots, slots, slots, embedding, residual, pdl=True)
+    rows = decode_sample.Rows(*[slots] * 10, *[torch.empty(num_rows)] * 3)
+    parts = (decode_sample.num_parts(16384), decode_sample.num_parts(50288))
+    partial = decode_sample.Partial(*torch.empty(2, num_rows, max(parts)), torch.empty(num_rows, max(parts), dtype=torch.int64))
+    flags = torch.zeros(50288, dtype=torch.int32)
+    image_logits, text_logits = (torch.empty(num_rows, v) for v in (16384, 50288))
+    decode_sample.score(image_logits, text_logits, flags, rows, partial, pdl=True)
+    drawn = torch.zeros(num_rows, 16, dtype=torch.int64)
+    decode_sample.finish(flags, rows, partial, drawn, parts=parts, pdl=True)
+    del decode_kernels["project"]
+    assert {name: max(kernel.spilled) for name, kernel in decode_kernels.items()} == dict.fromkeys(decode_kernels, 0)

@@ -1,11 +1,11 @@
-"""The norms' kernel against their definitions."""
+"""The gated norm's kernel against its definition."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from omnimamba.ops.norm import plain_gated_rms_norm, plain_rms_norm
+from omnimamba.ops.norm import plain_gated_rms_norm
 from omnimamba.ops.triton import norm as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -22,10 +22,6 @@ def gated(op, num_groups=1):
     return lambda y, z, weight: (op(y, z, weight, EPS, num_groups=num_groups),)
 
 
-def ungated(op):
-    return lambda y, weight: (op(y, weight, EPS),)
-
-
 @pytest.mark.parametrize("num_groups", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 12), (3, 65, 96), (2, 5, 1152)])
 def test_gated_rms_norm(kernel_device, compare, shape, num_groups):
@@ -33,26 +29,17 @@ def test_gated_rms_norm(kernel_device, compare, shape, num_groups):
     compare(gated(kernel.gated_rms_norm, num_groups), gated(plain_gated_rms_norm, num_groups), tensors)
 
 
-@pytest.mark.parametrize("shape", [(1, 12), (3, 65, 96), (2, 5, 1152), (3, 2048)])
-def test_rms_norm(kernel_device, compare, shape):
-    tensors = inputs(kernel_device, torch.float32, *shape)
-    del tensors["z"]
-    compare(ungated(kernel.rms_norm), ungated(plain_rms_norm), tensors)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(kernel_device, compare, dtype):
     tensors = inputs(kernel_device, dtype, 3, 65, 96)
     compare(gated(kernel.gated_rms_norm, 2), gated(plain_gated_rms_norm, 2), tensors)
-    del tensors["z"]
-    compare(ungated(kernel.rms_norm), ungated(plain_rms_norm), tensors)
 
 
 def test_dtypes_are_those_of_the_definition(kernel_device):
     tensors = inputs(kernel_device, torch.bfloat16, 2, 96)
     weight = tensors["weight"].float()
     assert kernel.gated_rms_norm(tensors["y"], tensors["z"], weight, EPS).dtype == torch.float32
-    assert kernel.rms_norm(tensors["y"].float(), tensors["weight"], EPS).dtype == torch.bfloat16
+    assert kernel.gated_rms_norm(tensors["y"].float(), tensors["z"].float(), tensors["weight"], EPS).dtype == torch.bfloat16
 
 
 def test_more_rows_than_programs(kernel_device, compare, monkeypatch):
@@ -72,7 +59,7 @@ def test_slices_of_a_wider_projection(kernel_device, compare):
 
 def test_zeros(kernel_device):
     zeros, ones = torch.zeros(2, 64, device=kernel_device), torch.ones(64, device=kernel_device)
-    assert not kernel.rms_norm(zeros, ones, EPS).any()
+    assert not kernel.gated_rms_norm(zeros, zeros, ones, EPS).any()
 
 
 @pytest.mark.gpu
@@ -81,5 +68,3 @@ def test_zeros(kernel_device):
 def test_real_sizes(compare, shape, dtype):
     tensors = inputs("cuda", dtype, *shape)
     compare(gated(kernel.gated_rms_norm), gated(plain_gated_rms_norm), tensors)
-    del tensors["z"]
-    compare(ungated(kernel.rms_norm), ungated(plain_rms_norm), tensors)

@@ -32,13 +32,13 @@ def plain(chunk_size=64):
 @pytest.mark.parametrize("g", [1, 2])
 @pytest.mark.parametrize("l", [1, 5, 63, 64, 65, 130])
 def test_outputs_and_gradients(kernel_device, compare, l, g):
-    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1 if l > 65 else 2, l, h=2 * g, g=g))
+    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1 if l > 5 else 2, l, h=2 * g, g=g))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("l", [5, 130])
 def test_half_precision(kernel_device, compare, l, dtype):
-    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, dtype, 2, l, g=2))
+    compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, dtype, 1 if l > 5 else 2, l, g=2))
 
 
 @pytest.mark.parametrize(("p", "n"), [(64, 128), (24, 20), (3, 5)])

@@ -20,6 +20,7 @@ from torch import Tensor
 from omnimamba.config import OmniMambaConfig, Task, build
 from omnimamba.engine.engine import Engine
 from omnimamba.engine.request import Event, FinishReason, Request, Sample, SamplingParams, random_seed, require_int, require_sampling
+from omnimamba.engine.text import AnswerText
 from omnimamba.model import hub, weights
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.omnimamba import cast as cast_weights
@@ -111,11 +112,20 @@ class OmniMamba:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", num_slots: int = 16
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
+        num_slots: int = 16,
     ) -> OmniMamba:
-        """The model `source`: `nano` (shipped), a folder, a Hub id, or an official `.pth`."""
+        """The model `source`: `nano` (shipped), a folder, a Hub id, or an official `.pth`.
+
+        quantize: int8, fp8 or int4 weights, made while loading; a folder saved from such a model needs it no more.
+        """
         device = resolve_device(device)
-        bundle = weights.load(source, device=device, dtype=resolve_dtype(dtype, device))
+        bundle = weights.load(source, device=device, dtype=resolve_dtype(dtype, device), quantize=quantize)
         defaults = GenerationDefaults.read(Path(bundle.tokenizer_file).parent) if bundle.tokenizer_file else None
         return cls(bundle, defaults=defaults, num_slots=num_slots)
 
@@ -187,9 +197,20 @@ class OmniMamba:
     def engine(self) -> Engine:
         """Made on first use."""
         if self._engine is None:
-            tok = self.tokenizer
-            self._engine = Engine(self.bundle.model, stop_ids=tok.stop_ids, suppressed_ids=tok.suppressed_ids, num_slots=self.num_slots)
+            self._engine = self.new_engine()
         return self._engine
+
+    def new_engine(self, *, max_waiting: int | None = None, prefix_cache_bytes: int = 0) -> Engine:
+        """An engine of its own, with `num_slots` slots and the bounds of a server."""
+        tok = self.tokenizer
+        return Engine(
+            self.bundle.model,
+            stop_ids=tok.stop_ids,
+            suppressed_ids=tok.suppressed_ids,
+            num_slots=self.num_slots,
+            max_waiting=max_waiting,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
 
     # ---- text to image
 
@@ -211,11 +232,10 @@ class OmniMamba:
         on the prompt, the seed and i, not on what is painted beside it. `callback` is called after each row of image tokens of
         each image.
         """
-        vq, tok, engine = self.vq, self.tokenizer, self.engine
+        vq, engine = self.vq, self.engine
         require_int("num_images", num_images, 1)
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings = dataclasses.replace(self.defaults, **{name: value for name, value in given.items() if value is not None})
-        null_ids = tuple(layout.t2i_null_prompt(tok))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = list(seed) if isinstance(seed, Sequence) else [random_seed() if seed is None else seed for _ in prompts]
         if len(seeds) != len(prompts):
@@ -224,23 +244,32 @@ class OmniMamba:
         image_idxs: list[int] = []
         for prompt_idx, caption in enumerate(prompts):
             sampling = SamplingParams(**dataclasses.asdict(settings), seed=seeds[prompt_idx])
-            ids = tuple(layout.t2i_prompt(tok, caption))
-            at_once = max(1, self.num_slots // (2 if sampling.is_guided else 1))
-            for first in range(0, num_images, at_once):
-                num = min(at_once, num_images - first)
-                requests.append(Request(Task.T2I, ids, null_ids=null_ids, sampling=sampling, num_samples=num, first_sample=first))
-                image_idxs.append(prompt_idx * num_images + first)
+            of_prompt = self.split_samples(self.paint_request(caption, sampling, num_images))
+            requests += of_prompt
+            image_idxs += [prompt_idx * num_images + request.first_sample for request in of_prompt]
         tokens: list[list[int]] = [[] for _ in range(len(seeds) * num_images)]
         for request_idx, event in engine.stream(requests):
             image_idx = image_idxs[request_idx] + event.sample_idx
             assert event.token is not None
             tokens[image_idx].append(event.token)
             if callback is not None and len(tokens[image_idx]) % vq.config.grid_size == 0:
-                callback(image_idx, self._paint_so_far(tokens[image_idx]), len(tokens[image_idx]) / self.config.num_image_tokens)
+                callback(image_idx, self.paint_so_far(tokens[image_idx]), len(tokens[image_idx]) / self.config.num_image_tokens)
         images = self.paint(tokens)
         for image_idx, image in enumerate(images):
             image.info["seed"] = seeds[image_idx // num_images]
         return images
+
+    def paint_request(self, caption: str, sampling: SamplingParams, num_images: int) -> Request:
+        tok = self.tokenizer
+        ids, null_ids = tuple(layout.t2i_prompt(tok, caption)), tuple(layout.t2i_null_prompt(tok))
+        return Request(Task.T2I, ids, null_ids=null_ids, sampling=sampling, num_samples=num_images)
+
+    def split_samples(self, request: Request) -> list[Request]:
+        """Requests for the same samples that each fit the slots."""
+        at_once = max(1, self.num_slots // request.slots_per_sample)
+        firsts = range(0, request.num_samples, at_once)
+        nums = [min(at_once, request.num_samples - first) for first in firsts]
+        return [dataclasses.replace(request, num_samples=num, first_sample=first) for num, first in zip(nums, firsts, strict=True)]
 
     @torch.no_grad()
     def paint(self, image_ids: Sequence[Sequence[int]]) -> list[Image.Image]:
@@ -248,7 +277,7 @@ class OmniMamba:
         batches = torch.tensor(image_ids, device=self.device).split(ENCODER_BATCH) if image_ids else ()
         return [image for batch in batches for image in to_pil(self.vq.decode_ids(batch))]
 
-    def _paint_so_far(self, image_ids: Sequence[int]) -> Image.Image:
+    def paint_so_far(self, image_ids: Sequence[int]) -> Image.Image:
         """The image of whole rows of tokens, grey where none are yet. The last row is repeated there, to give it a neighbour."""
         vq = self.vq.config
         num_rows = len(image_ids) // vq.grid_size
@@ -283,7 +312,7 @@ class OmniMamba:
         if stream and is_batch:
             raise ValueError(f"stream=True answers about one image, not a list of {len(images)}; call describe for each")
         sampling = SamplingParams(temperature, top_k, top_p, seed, max_new_tokens, past_last_position=past_last_position)
-        prompts = [self._first_turn(text) for text in questions]
+        prompts = [self.first_turns([("user", text)]) for text in questions]
         features = self.encode_image(images)
         requests = [Request(Task.MMU, ids, row, sampling=sampling) for ids, row in zip(prompts, features, strict=True)]
         if stream:
@@ -291,7 +320,9 @@ class OmniMamba:
         texts = [self.tokenizer.decode(samples[0].tokens).strip() for samples in self.engine.run(requests)]
         return texts if is_batch else texts[0]
 
-    def answer(self, features: Tensor, questions: Sequence[Sequence[str]], *, max_new_tokens: int = 64) -> list[list[str]]:
+    def answer(
+        self, features: Tensor, questions: Sequence[Sequence[str]], *, max_new_tokens: int = 64, past_last_position: str = "error"
+    ) -> list[list[str]]:
         """Greedy answers to several questions about each image of `features` [b, k, vision_dim], as `describe` gives them.
 
         Each image is read once; its questions continue from copies of that state.
@@ -300,7 +331,9 @@ class OmniMamba:
         if len(questions) != len(features):
             raise ValueError(f"{len(questions)} lists of questions for {len(features)} images; pass one list for each image")
         opening = (*layout.mmu_before_image(tok), *layout.mmu_after_image(tok))
-        first, greedy = (SamplingParams(temperature=0, seed=0, max_new_tokens=num) for num in (1, max_new_tokens))
+        first, greedy = (
+            SamplingParams(temperature=0, seed=0, max_new_tokens=num, past_last_position=past_last_position) for num in (1, max_new_tokens)
+        )
         read = self.engine.run([Request(Task.MMU, opening, row, sampling=first, keep_state=True) for row in features])
         requests = [
             Request(Task.MMU, tuple(layout.chat_ids(tok, [("user", text)])), sampling=greedy, state=samples[0].state)
@@ -310,9 +343,10 @@ class OmniMamba:
         answers = iter(tok.decode(samples[0].tokens).strip() for samples in self.engine.run(requests))
         return [[next(answers) for _ in texts] for texts in questions]
 
-    def _first_turn(self, question: str) -> tuple[int, ...]:
+    def first_turns(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Ids of a conversation from its start: ("user" | "assistant", text) in turn, the last one the user's."""
         tok = self.tokenizer
-        return (*layout.mmu_before_image(tok), *layout.mmu_after_image(tok), *layout.chat_ids(tok, [("user", question)]))
+        return (*layout.mmu_before_image(tok), *layout.mmu_after_image(tok), *layout.chat_ids(tok, messages))
 
     def chat(self, image: ImageSource | None = None) -> Conversation:
         """A conversation about an image, or about none."""
@@ -323,10 +357,13 @@ class OmniMamba:
         state, metadata = MambaState.load(path, self.config.backbone, fingerprint=self.bundle.fingerprint, device=self.device)
         if not {"messages", "unread_ids"} <= metadata.keys():
             raise ValueError(f"{path}: holds a state but no conversation; pass a file written by Conversation.save")
+        try:
+            messages = [(str(role), str(text)) for role, text in json.loads(metadata["messages"])]
+            unread_ids = [int(token_id) for token_id in json.loads(metadata["unread_ids"])]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: its messages or unread_ids are not those of a conversation ({error})") from None
         conversation = Conversation(self, None)
-        conversation.state = state
-        conversation.messages = [(role, text) for role, text in json.loads(metadata["messages"])]
-        conversation.unread_ids = json.loads(metadata["unread_ids"])
+        conversation.state, conversation.messages, conversation.unread_ids = state, messages, unread_ids
         return conversation
 
     # ---- encoders
@@ -334,13 +371,20 @@ class OmniMamba:
     @torch.no_grad()
     def encode_image(self, images: Sequence[ImageSource]) -> Tensor:
         """Features [b, k, vision_dim] of the understanding towers."""
-        vision, rows = self.vision, []
+        rows = []
         for start in range(0, len(images), ENCODER_BATCH):
-            loaded = [load_image(image) for image in images[start : start + ENCODER_BATCH]]
-            towers = self.config.towers.items()
-            pixels = {name: torch.stack([tower_pixels(image, tower) for image in loaded]).to(self.device) for name, tower in towers}
-            rows.append(vision(pixels))
+            rows.append(self.encode_pixels(self.tower_inputs(images[start : start + ENCODER_BATCH])))
         return torch.cat(rows) if rows else torch.empty(0, self.config.num_vision_tokens, self.config.vision_dim, device=self.device)
+
+    def tower_inputs(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
+        """Pixels [b, 3, s, s] for each tower, on the CPU."""
+        loaded = [load_image(image) for image in images]
+        return {name: torch.stack([tower_pixels(image, tower) for image in loaded]) for name, tower in self.config.towers.items()}
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: dict[str, Tensor]) -> Tensor:
+        """Features [b, k, vision_dim] of `tower_inputs`."""
+        return self.vision({name: tensor.to(self.device) for name, tensor in pixels.items()})
 
     @torch.no_grad()
     def reconstruct(self, image: ImageSource) -> Image.Image:
@@ -379,7 +423,7 @@ class Conversation:
         """The answer, or with `stream` an iterator of its pieces. ValueError if the conversation has no room for it."""
         sampling = SamplingParams(temperature, top_k, top_p, seed, max_new_tokens, past_last_position=past_last_position)
         if self.state is None:
-            request = Request(Task.MMU, self.model._first_turn(question), self.features, sampling=sampling, keep_state=True)
+            request = Request(Task.MMU, self.model.first_turns([("user", question)]), self.features, sampling=sampling, keep_state=True)
         else:
             ids = (*self.unread_ids, *layout.next_turn_ids(self.model.tokenizer, question))
             request = Request(Task.MMU, ids, sampling=sampling, state=self.state, keep_state=True)
@@ -389,9 +433,7 @@ class Conversation:
     def _answer(self, question: str, events: Generator[tuple[int, Event], None, None]) -> Iterator[str]:
         tok, sample = self.model.tokenizer, Sample()
         yield from text_pieces(events, sample, tok)
-        # an answer that was cut off is ended here, as the layout of the next turn wants it
-        cut = sample.tokens[-1:] if sample.finish_reason is FinishReason.LENGTH else []
-        self.state, self.unread_ids = sample.state, [*cut, tok.eos_id]
+        self.state, self.unread_ids = sample.state, unread_ids(sample, tok)
         self.messages += [("user", question), ("assistant", tok.decode(sample.tokens).strip())]
 
     def save(self, path: str | Path) -> None:
@@ -404,15 +446,17 @@ class Conversation:
 
 def text_pieces(events: Generator[tuple[int, Event], None, None], sample: Sample, tok: TextTokenizer) -> Iterator[str]:
     """Pieces of one answer as its tokens come, added to `sample`; joined they are its whole text without outer white space."""
-    stream, held, has_begun = tok.stream(), "", False
+    text = AnswerText(tok)
     with contextlib.closing(events):
         while sample.finish_reason is None:
             _, event = next(events)
             sample.add(event)
-            held += stream.push(event.token) if event.token is not None else ""
-            held += stream.flush() if event.finish_reason is not None else ""
-            held = held if has_begun else held.lstrip()
-            piece = held.rstrip()  # white space waits for a word after it
+            piece = text.push(event.token, is_last=event.finish_reason is not None)
             if piece:
-                has_begun, held = True, held[len(piece) :]
                 yield piece
+
+
+def unread_ids(sample: Sample, tok: TextTokenizer) -> list[int]:
+    """Ids of a finished answer that its state has not read. One that was cut off is ended here, as the next turn's layout wants it."""
+    cut = sample.tokens[-1:] if sample.finish_reason is FinishReason.LENGTH else []
+    return [*cut, tok.eos_id]

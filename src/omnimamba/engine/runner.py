@@ -1,31 +1,97 @@
 """The model's side of inference: prompts to embeddings, prefill and decode on a pool of state slots.
 
-The image embedding and its MLP depend on the id alone, so they are folded into one lookup table here.
+The image embedding and its MLP depend on the id alone, so they are folded into one lookup table here. A GPU has fused kernels for decoding
+(`decoder.py`) and CUDA graphs for prefill (`prefill.py`); elsewhere, and for models without kernels, both are plain PyTorch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from omnimamba.config import Task
-from omnimamba.engine.request import Request
+from omnimamba.engine.prefill import PrefillGraphs, position_rows, read
+from omnimamba.engine.request import Request, SamplingParams
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
+from omnimamba.ops.plain_path import announce_plain_path, missing_for_kernels
+from omnimamba.ops.quant import QuantizedWeight
+
+if TYPE_CHECKING:
+    from omnimamba.engine.decoder import FusedDecoder
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSample:
+    """A sample that goes on: its slot, and that of its null prompt (the same one without guidance)."""
+
+    slots: tuple[int, int]
+    task: Task
+    token: int
+    """The last token, not yet read."""
+    params: SamplingParams
+    key: int
+    step: int
+    """Index of the token to draw next."""
+    remaining: int
+    """Tokens still to come."""
+
+
+def missing_for_decoding(model: OmniMambaModel) -> str | None:
+    """Why the fused kernels cannot decode this model where it is; None if they can."""
+    weight, num_groups = model.text_embedding.weight, model.config.backbone.ngroups
+    scheme = weight.scheme if isinstance(weight, QuantizedWeight) else None
+    reason = missing_for_kernels()
+    if reason is not None:
+        return reason
+    if num_groups > 1:
+        return f"decoding has no kernel for ngroups={num_groups}"
+    if scheme == "int4":
+        return "decoding has no kernel for int4 weights; int8 and fp8 have"
+    needed = (8, 9) if scheme == "fp8" else (8, 0)
+    found = torch.cuda.get_device_capability(model.device)
+    if found < needed:
+        return f"decoding kernels need compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
+    return None
 
 
 class Runner:
-    """Owns the state pool; the weights of `model` must not change while it lives."""
+    """Owns the state pool; the weights of `model` must not change while it lives.
 
-    def __init__(self, model: OmniMambaModel, num_slots: int, *, ssm_dtype: torch.dtype = torch.float32) -> None:
+    stop_ids end a text and suppressed_ids are never sampled in one where the fused kernels decode, which sample too.
+    """
+
+    def __init__(
+        self,
+        model: OmniMambaModel,
+        num_slots: int,
+        *,
+        ssm_dtype: torch.dtype = torch.float32,
+        stop_ids: Sequence[int] = (),
+        suppressed_ids: Sequence[int] = (),
+    ) -> None:
         if model.training:
             raise ValueError("the model is in training mode, where LoRA dropout is on; call model.eval() first")
         self.model = model
         self.state = MambaState.zeros(model.config.backbone, num_slots, device=model.device, conv_dtype=model.dtype, ssm_dtype=ssm_dtype)
         self._image_table: Tensor | None = None
+        self.decoder: FusedDecoder | None = None
+        """Draws blocks of tokens; None where `decode` reads one token at a time."""
+        self.prefill_graphs: PrefillGraphs | None = None
+        if model.device.type == "cuda":
+            self.prefill_graphs = PrefillGraphs(model, self.state)
+            reason = missing_for_decoding(model)
+            if reason is None:
+                from omnimamba.engine.decoder import FusedDecoder  # Triton need not be installed
+
+                self.decoder = FusedDecoder(model, self.state, self.image_table, stop_ids=stop_ids, suppressed_ids=suppressed_ids)
+            else:
+                announce_plain_path(model.device, reason)
 
     @property
     def image_table(self) -> Tensor:
@@ -68,16 +134,12 @@ class Runner:
             return model.embed_caption(ids)
         if request.features is None:
             return model.embed_mmu(ids, model.no_image(1))
+        assert isinstance(request.features, Tensor)  # the engine has computed those that were not given
         return model.embed_mmu(ids, model.project_features(request.features[None].to(model.device, model.dtype)))
 
     def embed_tokens(self, ids: Tensor, task: Task) -> Tensor:
         """Embeddings [..., d] of generated tokens without positions. ids: [...]."""
-        return self.image_table[ids] if task is Task.T2I else self.model.text_embedding(ids)
-
-    def positions(self, position: Tensor, task: Task) -> Tensor:
-        """Rows of the task's table [..., d], the last one again past its end (requests that may not get there are refused)."""
-        table = self.model.positions[task]
-        return table[position.clamp(max=table.shape[0] - 1)]
+        return self.image_table[ids] if task is Task.T2I else self.model.embed_text(ids)
 
     # ---- forward passes
 
@@ -87,15 +149,15 @@ class Runner:
 
         chunks: per slot [l_i, d] embeddings without positions, of unequal lengths.
         """
-        model = self.model
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=model.device)
+        lengths = [len(chunk) for chunk in chunks]
+        if self.prefill_graphs is not None and self.prefill_graphs.covers(len(slots), max(lengths)):
+            return self.prefill_graphs.run(slots, chunks, task)
         x = pad_sequence(list(chunks), batch_first=True)
         state = self.state.slots(slots)
-        x = x + self.positions(state.position[:, None] + torch.arange(x.shape[1], device=x.device), task).to(x.dtype)
-        hidden = model(x, task, state=state, lengths=None if len({len(chunk) for chunk in chunks}) == 1 else lengths)
+        padded = None if len(set(lengths)) == 1 else torch.tensor(lengths, device=x.device)
+        logits = read(self.model, x, task, state, padded)
         self.state.store(slots, state)
-        last = hidden[torch.arange(len(slots), device=x.device), lengths - 1]
-        return model.logits(last, task)
+        return logits
 
     @torch.no_grad()
     def decode(self, slots: list[int], tasks: Sequence[Task], tokens: Sequence[int]) -> dict[Task, Tensor]:
@@ -104,9 +166,9 @@ class Runner:
         ids = torch.tensor(tokens, device=model.device)
         rows = {task: torch.tensor([i for i, t in enumerate(tasks) if t is task], device=model.device) for task in Task if task in tasks}
         state = self.state.slots(slots)
-        x = model.text_embedding.weight.new_empty(len(slots), model.config.backbone.d_model)
+        x = torch.empty(len(slots), model.config.backbone.d_model, device=model.device, dtype=model.dtype)
         for task, index in rows.items():
-            x[index] = self.embed_tokens(ids[index], task) + self.positions(state.position[index], task).to(x.dtype)
+            x[index] = self.embed_tokens(ids[index], task) + position_rows(model, state.position[index], task).to(x.dtype)
         is_t2i = torch.tensor([task is Task.T2I for task in tasks], device=model.device)
         hidden = model.backbone.step(x, tasks[0] if len(rows) == 1 else is_t2i, state)
         self.state.store(slots, state)

@@ -62,23 +62,23 @@ def _mix_int(z: int) -> int:
     return z
 
 
-def _signed(z: int) -> int:
+def signed(z: int) -> int:
     """The int64 with the bits of an unsigned 64-bit number."""
     return z - 2**64 if z >= 2**63 else z
 
 
 def _mix(z: Tensor) -> Tensor:
     """`_mix_int` for int64 tensors, whose products wrap around."""
-    z = z + _signed(_GAMMA)
+    z = z + signed(_GAMMA)
     for shift, factor in _MIX:
-        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
     return z
 
 
 def gumbel_noise(keys: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [b, v] in fp32. keys: [b] stream keys as int64; steps: [b] index of the token to draw."""
     token_ids = torch.arange(vocab_size, device=keys.device)
-    bits = _mix(_mix(keys + steps * _signed(_GAMMA))[:, None] + token_ids * _signed(_GAMMA))
+    bits = _mix(_mix(keys + steps * signed(_GAMMA))[:, None] + token_ids * signed(_GAMMA))
     u = (((bits >> 11) & (2**53 - 1)).float() + 0.5) * 2.0**-53
     # small u win, and fp32 is fine near 0; u that rounds to 1 would give -inf, the mark of an excluded token
     return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
@@ -106,7 +106,7 @@ class SamplingRows:
         is_greedy = [p.temperature == 0 or p.top_k == 1 for p in params]
         has_filter = [not greedy and (p.top_k > 0 or p.top_p < 1) for p, greedy in zip(params, is_greedy, strict=True)]
         floats = torch.tensor([[p.temperature, p.top_p, p.guidance_scale] for p in params]).to(device)
-        ints = torch.tensor([[p.top_k for p in params], [_signed(key) for key in keys], steps, is_greedy], dtype=torch.int64).to(device)
+        ints = torch.tensor([[p.top_k for p in params], [signed(key) for key in keys], steps, is_greedy], dtype=torch.int64).to(device)
         temperature, top_p, guidance_scale = floats.unbind(1)
         top_k, key, step, greedy = ints
         return cls(temperature, top_k, top_p, guidance_scale, key, step, greedy.bool(), all(is_greedy), any(has_filter))

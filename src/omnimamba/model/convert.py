@@ -1,6 +1,6 @@
 """Conversion between the official checkpoint and model folders, and the gathering of what the released model needs.
 
-    convert(source, out, to="safetensors", dtype=None, config=None, tokenizer=None, vq=None, towers=None,
+    convert(source, out, to="safetensors", dtype=None, quantize=None, config=None, tokenizer=None, vq=None, towers=None,
             without=(), gather=None, progress=None) -> Conversion
 
 The official file is one state dict with the authors' names, with or without vision towers and VQ tokenizer; a model folder is
@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor
 
-from omnimamba.config import PRESETS, OmniMambaConfig, TowerConfig, nearest_name, preset
+from omnimamba.config import PRESETS, OmniMambaConfig, TowerConfig, nearest_name, preset, quantization
 from omnimamba.model import hub, weights
 from omnimamba.model.files import CHECKPOINT_SUFFIXES, TensorFile, read_json, whole_file
 from omnimamba.model.vision import VisionTowers
@@ -54,6 +54,7 @@ def convert(
     *,
     to: str = "safetensors",
     dtype: str | None = None,
+    quantize: str | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vq: str | Path | None = None,
@@ -67,6 +68,7 @@ def convert(
     source: whatever `from_pretrained` takes, or the Hub id of an official checkpoint such as hustvl/OmniMamba.
     out: the folder; for `official` a `.pth` file, or a folder for `OmniMamba-NAME.pth`.
     dtype: float32, bfloat16, float16, or int8 for folders (None: as stored).
+    quantize: int8, fp8 or int4 for folders: weights that the model then computes with, unlike dtype's (None: as they are).
     config: preset or config.json of an official checkpoint whose sizes its tensors do not tell.
     tokenizer, vq, towers: files to add or to put in place of the source's: a tokenizer.json, a LlamaGen VQ checkpoint, timm
     checkpoints by tower name.
@@ -79,6 +81,8 @@ def convert(
     stored_as = weights.stored_dtype(dtype)
     if to == "official" and stored_as is torch.int8:
         raise ValueError("int8 is a storage of safetensors folders; for --to official pass float32, bfloat16 or float16")
+    if quantize is not None:
+        quantization(quantize)
     if wrong := set(without) - {"vision", "vq"}:
         raise ValueError(f"cannot leave out {', '.join(sorted(wrong))}; vision and vq can be left out")
     say = progress or (lambda line: None)
@@ -97,6 +101,11 @@ def convert(
         stored.components["vision"] = read_towers(stored.config, {name: _existing(path) for name, path in towers.items()})
     if is_from_hub if gather is None else gather:
         _gather(stored, without, say)
+    if quantize is not None:
+        say(f"quantising to {quantize}")
+        stored = weights.quantized(stored, quantize)
+    if to == "official" and stored.config.quantization is not None:
+        raise ValueError(f"{stored.name} is quantised as {stored.config.quantization}; official checkpoints have no such weights")
     for component, tensors in stored.components.items():
         expected = weights.outline(component, stored.config).state_dict()
         weights.check_names_and_shapes(expected, tensors, f"{stored.name}: {component}")

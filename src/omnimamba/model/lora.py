@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimamba.config import LoraConfig, Task
+from omnimamba.ops.quant import QuantizedWeight, linear
 
 Tasks = Task | Tensor | None
 """Which LoRA a call uses: one task for the whole batch, `is_t2i` [b] bool for a mixed batch, None for no LoRA at all."""
@@ -17,7 +18,8 @@ class TaskLoraLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, lora: LoraConfig, tasks: Iterable[Task] = tuple(Task)) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight: nn.Parameter | QuantizedWeight = nn.Parameter(torch.empty(out_features, in_features))
+        tasks = tuple(tasks) if lora.rank else ()
         self.lora_A = nn.ParameterDict({str(task): torch.empty(lora.rank, in_features) for task in tasks})
         self.lora_B = nn.ParameterDict({str(task): torch.empty(out_features, lora.rank) for task in tasks})
         self.scaling = lora.scaling
@@ -25,6 +27,7 @@ class TaskLoraLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        assert isinstance(self.weight, nn.Parameter)
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         for task in self.lora_A:
             nn.init.kaiming_uniform_(self.lora_A[task], a=5**0.5)
@@ -32,8 +35,8 @@ class TaskLoraLinear(nn.Module):
 
     def forward(self, u: Tensor, task: Tasks) -> Tensor:
         """u: [b, d] or [b, l, d]. Returns the same shape with out_features last."""
-        y = F.linear(u, self.weight)
-        if task is None:
+        y = linear(u, self.weight)
+        if task is None or not self.lora_A:
             return y
         if isinstance(task, Task):
             return y + self.lora(u, task)

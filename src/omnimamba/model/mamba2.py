@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from omnimamba.config import BackboneConfig, LoraConfig
 from omnimamba.model.lora import TaskLoraLinear, Tasks
@@ -118,6 +119,19 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2Mixer(config, lora)
 
+    def forward(
+        self,
+        residual: Tensor,
+        task: Tasks,
+        lengths: Tensor | None = None,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream [b, l, d] after this block, and the states; see `Mamba2Mixer.forward`."""
+        u = self.norm(residual)
+        hidden, conv, ssm = self.mixer(u, task, lengths=lengths, conv_state=conv_state, ssm_state=ssm_state)
+        return residual + hidden, conv, ssm
+
 
 class Mamba2Backbone(nn.Module):
     """Blocks x = x + mixer(norm(x)), then a final norm."""
@@ -127,25 +141,27 @@ class Mamba2Backbone(nn.Module):
         self.layers = nn.ModuleList(Mamba2Block(config, lora) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None, recompute: bool = False
+    ) -> Tensor:
         """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it and it is updated in place.
 
         x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows. What stands in the padding,
-        even NaN, reaches no valid position and no state.
+        even NaN, reaches no valid position and no state. recompute: a backward pass keeps the residual stream only and runs each
+        block a second time (activation checkpointing).
         """
         residual = x.float()
         if lengths is not None:
             residual = residual.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0)
         for i, block in enumerate(self.layers):
-            assert isinstance(block, Mamba2Block)
-            u = block.norm(residual)
-            if state is None:
-                hidden, _, _ = block.mixer(u, task, lengths=lengths)
-            else:
-                hidden, conv, ssm = block.mixer(u, task, lengths=lengths, conv_state=state.conv[i], ssm_state=state.ssm[i])
+            if state is not None:
+                residual, conv, ssm = block(residual, task, lengths, state.conv[i], state.ssm[i])
                 state.conv[i] = conv.to(state.conv.dtype)
                 state.ssm[i] = ssm.to(state.ssm.dtype)
-            residual = residual + hidden
+            elif recompute and torch.is_grad_enabled():
+                residual, _, _ = checkpoint(block, residual, task, lengths, use_reentrant=False)
+            else:
+                residual, _, _ = block(residual, task, lengths)
         if state is not None:
             state.position += x.shape[1] if lengths is None else lengths
         return self.norm_f(residual)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, Task
 from omnimamba.model.lora import Tasks
 from omnimamba.model.mamba2 import Mamba2Backbone
+from omnimamba.model.quantize import quantize_model
 from omnimamba.model.state import MambaState
+from omnimamba.ops.cross_entropy import linear_cross_entropy
+from omnimamba.ops.quant import linear
 
 EMBEDDING_INIT_STD = 0.02
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")  # decays lose whole heads in bf16
@@ -41,7 +44,7 @@ class OmniMambaModel(nn.Module):
         d = config.backbone.d_model
         self.text_embedding = nn.Embedding(config.text_vocab_size, d)  # also the text head
         self.image_embedding = nn.Embedding(config.image_vocab_size, d)  # also the image head
-        self.image_mlp = fused_mlp(d, d)
+        self.image_mlp = None if config.unified_vocabulary else fused_mlp(d, d)
         self.caption_mlp = CaptionMLP(d)
         self.positions = nn.ParameterDict(
             {
@@ -53,6 +56,8 @@ class OmniMambaModel(nn.Module):
         self.projector = fused_mlp(config.vision_dim, d) if config.towers else None
         for table in (self.text_embedding.weight, self.image_embedding.weight, *self.positions.values()):
             nn.init.normal_(table, std=EMBEDDING_INIT_STD)
+        if config.quantization is not None:
+            quantize_model(self, config.quantization)
 
     @property
     def device(self) -> torch.device:
@@ -60,17 +65,22 @@ class OmniMambaModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.text_embedding.weight.dtype
+        return self.backbone.norm_f.weight.dtype  # the embeddings may be quantised
 
     # ---- embeddings
 
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """ids: [...]; returns [..., d] without positions."""
+        return self.text_embedding(ids).to(self.dtype)
+
     def embed_caption(self, ids: Tensor) -> Tensor:
         """Embeddings of a T2I prompt, specials and pads included, without positions. ids: [b, l]; returns [b, l, d]."""
-        return self.caption_mlp(self.text_embedding(ids))
+        return self.caption_mlp(self.embed_text(ids))
 
     def embed_image_tokens(self, ids: Tensor) -> Tensor:
         """ids: [...] VQ codes; returns [..., d] without positions."""
-        return self.image_mlp(self.image_embedding(ids))
+        x = self.image_embedding(ids).to(self.dtype)
+        return x if self.image_mlp is None else self.image_mlp(x)
 
     def project_features(self, features: Tensor) -> Tensor:
         """Vision features [b, k, vision_dim] as image embeddings [b, k, d]."""
@@ -83,7 +93,7 @@ class OmniMambaModel(nn.Module):
 
         ids: [b, 4 + t], the four markers and the text; image_embeddings: [b, k, d]. Returns [b, 4 + k + t, d].
         """
-        text = self.text_embedding(ids)
+        text = self.embed_text(ids)
         return torch.cat([text[:, :2], image_embeddings.to(text.dtype), text[:, 2:]], dim=1)
 
     def no_image(self, b: int, num_vision_tokens: int | None = None) -> Tensor:
@@ -104,11 +114,13 @@ class OmniMambaModel(nn.Module):
     def logits(self, hidden: Tensor, task: Task) -> Tensor:
         """Scores over the task's vocabulary. hidden: [..., d]; returns [..., v]."""
         head = self.image_embedding if task is Task.T2I else self.text_embedding
-        return F.linear(hidden, head.weight)
+        return linear(hidden, head.weight)
 
-    def forward(self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None, recompute: bool = False
+    ) -> Tensor:
         """Hidden states [b, l, d] for embeddings x [b, l, d] that have their positions; see `Mamba2Backbone.forward`."""
-        return self.backbone(x, task, state=state, lengths=lengths)
+        return self.backbone(x, task, state=state, lengths=lengths, recompute=recompute)
 
     def t2i_embeddings(self, caption_ids: Tensor, image_ids: Tensor) -> Tensor:
         """The T2I training sequence with positions: prompt, image tokens, [eoi].
@@ -121,10 +133,17 @@ class OmniMambaModel(nn.Module):
 
     def t2i_loss(self, caption_ids: Tensor, image_ids: Tensor) -> Tensor:
         """Mean cross entropy of the image tokens given caption and earlier tokens; arguments as `t2i_embeddings`."""
-        hidden = self(self.t2i_embeddings(caption_ids, image_ids), Task.T2I)
+        return self.t2i_loss_sum(caption_ids, image_ids) / image_ids.numel()
+
+    def t2i_loss_sum(
+        self, caption_ids: Tensor, image_ids: Tensor, read_ids: Tensor | None = None, *, chunk: int = 0, recompute: bool = False
+    ) -> Tensor:
+        """The summed cross entropy of the image tokens. read_ids: [b, t], what the model reads in their place (None: themselves);
+        `chunk` as in `linear_cross_entropy`, `recompute` as in the backbone."""
+        hidden = self(self.t2i_embeddings(caption_ids, image_ids if read_ids is None else read_ids), Task.T2I, recompute=recompute)
         before = caption_ids.shape[1] - 2  # position of [soi], which predicts the first image token
-        logits = self.logits(hidden[:, before : before + image_ids.shape[1]], Task.T2I)
-        return F.cross_entropy(logits.flatten(0, 1).float(), image_ids.flatten())
+        hidden = hidden[:, before : before + image_ids.shape[1]]
+        return self.loss_sum(hidden.flatten(0, 1), image_ids.flatten(), Task.T2I, chunk)
 
     def mmu_embeddings(self, ids: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
         """The understanding sequence with positions.
@@ -141,16 +160,52 @@ class OmniMambaModel(nn.Module):
                 image = image.new_zeros(b, *image.shape[1:]).index_copy(0, image_rows, image)
         return self.add_positions(self.embed_mmu(ids, image), Task.MMU)
 
-    def mmu_loss(self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
-        """Mean cross entropy over the labels that are not IGNORE_INDEX.
+    def mmu_hidden(
+        self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None, *, recompute: bool = False
+    ) -> Tensor:
+        """Hidden states [n, d] before each of the n labels that are not IGNORE_INDEX, in row-major order.
 
         labels: [b, t] of the text after the four markers; the other arguments as `mmu_embeddings`.
         """
-        hidden = self(self.mmu_embeddings(ids, features, image_rows), Task.MMU)
-        t = labels.shape[1]
-        hidden = hidden[:, -t - 1 : -1]  # hidden state before each text position
-        counted = labels != IGNORE_INDEX
-        return F.cross_entropy(self.logits(hidden[counted], Task.MMU).float(), labels[counted])
+        hidden = self(self.mmu_embeddings(ids, features, image_rows), Task.MMU, recompute=recompute)
+        return hidden[:, -labels.shape[1] - 1 : -1][labels != IGNORE_INDEX]
+
+    def mmu_logits(self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
+        """Scores [n, v] in fp32 for the labels; arguments as `mmu_hidden`."""
+        return self.logits(self.mmu_hidden(ids, labels, features, image_rows), Task.MMU).float()
+
+    def mmu_loss(self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
+        """Mean cross entropy over the labels that are not IGNORE_INDEX; arguments as `mmu_hidden`."""
+        return self.mmu_loss_sum(ids, labels, features, image_rows) / (labels != IGNORE_INDEX).sum()
+
+    def mmu_loss_sum(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        features: Tensor | None,
+        image_rows: Tensor | None = None,
+        *,
+        by_sample: bool = False,
+        chunk: int = 0,
+        recompute: bool = False,
+    ) -> Tensor:
+        """The summed cross entropy over the labels that are not IGNORE_INDEX, or (by_sample) the sum of each row's mean.
+
+        The other arguments as `mmu_hidden` and `t2i_loss_sum`.
+        """
+        hidden = self.mmu_hidden(ids, labels, features, image_rows, recompute=recompute)
+        is_label = labels != IGNORE_INDEX
+        shares = (1 / is_label.sum(1, keepdim=True)).expand_as(labels)[is_label] if by_sample else None
+        return self.loss_sum(hidden, labels[is_label], Task.MMU, chunk, shares)
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor, task: Task, chunk: int, shares: Tensor | None = None) -> Tensor:
+        """The summed cross entropy of labels [n] of a task's vocabulary. hidden: [n, d]; shares as in `linear_cross_entropy`."""
+        text, image = self.text_embedding.weight, self.image_embedding.weight
+        if self.config.unified_vocabulary:
+            head, labels = torch.cat([text, image]), labels + len(text) * (task is Task.T2I)
+        else:
+            head = image if task is Task.T2I else text
+        return linear_cross_entropy(hidden, head, labels, shares=shares, chunk=chunk)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

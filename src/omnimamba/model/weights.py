@@ -2,7 +2,7 @@
 
 A model folder holds `config.json`, `tokenizer.json`, `generation.json` and one safetensors file per component: `model` (language
 model and projector), `vision` (understanding towers), `vq` (image tokenizer). All but config and `model` may be absent. Values are
-fp32, bf16 or fp16, whatever they are used in.
+fp32, bf16 or fp16, whatever they are used in; those of a quantised model (`quantize.py`) are what is computed with.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from omnimamba.config import PRESETS, OmniMambaConfig, nearest_name
+from omnimamba.config import PRESETS, OmniMambaConfig, nearest_name, quantization
 from omnimamba.model import hub
 from omnimamba.model.files import SAFETENSORS, TensorFile, read_json, read_safetensors, whole_folder, write_safetensors
 from omnimamba.model.omnimamba import OmniMambaModel, cast
 from omnimamba.model.packing import pack
+from omnimamba.model.quantize import quantize_tensors
 from omnimamba.model.shapes import infer_config
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
@@ -165,7 +166,7 @@ def _some(names: Iterable[str], limit: int = 8) -> str:
 
 
 def check_names_and_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """ValueError that lists every missing, unexpected and wrongly shaped tensor of `found`."""
+    """ValueError that lists every missing, unexpected and wrongly shaped tensor of `found`, and quantised ones of another type."""
     problems = []
     if missing := expected.keys() - found.keys():
         problems.append(f"{len(missing)} missing: {_some(missing)}")
@@ -178,6 +179,13 @@ def check_names_and_shapes(expected: Mapping[str, Tensor], found: Mapping[str, T
     ]
     if shapes:
         problems.append(f"{len(shapes)} wrongly shaped: {_some(shapes)}")
+    types = [  # floats of 16 and 32 bits are converted, quantised values are not
+        f"{name} {found[name].dtype} instead of {expected[name].dtype}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].itemsize == 1 and found[name].dtype is not expected[name].dtype
+    ]
+    if types:
+        problems.append(f"{len(types)} of the wrong type: {_some(types)}")
     if problems:
         raise ValueError(f"{where}: tensors do not fit the config: " + "; ".join(problems))
 
@@ -234,12 +242,30 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
-    """The model `source` in `dtype` on `device`, in eval mode; see `open_model` for what a source is.
+def load(
+    source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> Bundle:
+    """The model `source` in `dtype` on `device`, in eval mode; see `open_model` for what a source is, `quantized` for quantize.
 
-    Needs little more memory than the model itself: tensors are copied from the mapped files one by one.
+    Needs little more memory than the model itself: tensors are copied from the mapped files one by one. Quantising holds the new
+    weights twice for a moment.
     """
-    return build(open_model(source), device=device, dtype=dtype)
+    return build(quantized(open_model(source), quantize), device=device, dtype=dtype)
+
+
+def quantized(stored: Stored, scheme: str | None) -> Stored:
+    """The stored model in a quantization scheme; None leaves it as it is. ValueError if it is quantised in another one."""
+    if scheme is None or quantization(scheme) is stored.config.quantization:
+        return stored
+    if stored.config.quantization is not None:
+        raise ValueError(f"{stored.name} is quantised as {stored.config.quantization}; for {scheme} quantise the model it was made from")
+    tensors, where = stored.components["model"], f"{stored.name}: model"
+    check_names_and_shapes(outline("model", stored.config).state_dict(), tensors, where)
+    try:
+        components = {**stored.components, "model": quantize_tensors(tensors, scheme)}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return dataclasses.replace(stored, config=dataclasses.replace(stored.config, quantization=quantization(scheme)), components=components)
 
 
 def build(stored: Stored, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimamba.ops.plain_path import announce_plain_path, runs_kernel
+from omnimamba.ops.plain_path import runs_kernel
 
 
 def causal_conv1d(
@@ -49,7 +49,6 @@ def causal_conv1d_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tens
 
     x: [b, c]; weight: [c, w]; bias: [c]. Returns [b, c].
     """
-    announce_plain_path(x.device)
     conv_state.copy_(torch.cat([conv_state[:, :, 1:], x[:, :, None].to(conv_state.dtype)], dim=2))
     y = (conv_state.to(x.dtype) * weight.to(x.dtype)).sum(-1)
     return F.silu(y + bias.to(x.dtype))

@@ -12,15 +12,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., d]; weight: [d].
     """
-    if runs_kernel(x):
-        from omnimamba.ops.triton import norm as kernel  # Triton need not be installed
-
-        return kernel.rms_norm(x, weight, eps)
-    return plain_rms_norm(x, weight, eps)
-
-
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition of `rms_norm`."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
 
 
@@ -30,7 +21,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_grou
     y, z: [..., d]; weight: [d].
     """
     if runs_kernel(y):
-        from omnimamba.ops.triton import norm as kernel
+        from omnimamba.ops.triton import norm as kernel  # Triton need not be installed
 
         return kernel.gated_rms_norm(y, z, weight, eps, num_groups=num_groups)
     return plain_gated_rms_norm(y, z, weight, eps, num_groups=num_groups)

@@ -10,21 +10,20 @@ from torch import Tensor
 
 logger = logging.getLogger("omnimamba.ops")
 
-KERNELS_DEFAULT = "0"  # "1" once benchmarks/ops.py has passed on a GPU: the kernels have run in Triton's interpreter only
+KERNELS_DEFAULT = "1"
 
 
 @functools.cache
 def missing_for_kernels() -> str | None:
-    """Why the kernels of training and prefill do not run in this process; None where they do.
+    """Why no kernels run in this process; None where they do.
 
-    The environment variable OMNIMAMBA_KERNELS turns them on (1) and off (0). Off is the default: they have not been measured on a GPU
-    yet.
+    The environment variable OMNIMAMBA_KERNELS turns them on (1, the default) and off (0).
     """
     switch = os.environ.get("OMNIMAMBA_KERNELS", KERNELS_DEFAULT)
     if switch not in ("0", "1"):
         raise ValueError(f"OMNIMAMBA_KERNELS={switch!r}: set it to 1 (Triton kernels) or 0 (plain PyTorch)")
     if switch == "0":
-        return "OMNIMAMBA_KERNELS=1 turns the fused kernels of training and prefill on"
+        return "OMNIMAMBA_KERNELS=0 turns the fused kernels off; 1 turns them on"
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
@@ -43,7 +42,7 @@ def _announce(reason: str) -> None:
     logger.warning("sequence operators run as plain PyTorch on CUDA (%s): correct, but slower than fused kernels", reason)
 
 
-def announce_plain_path(device: torch.device, reason: str = "decoding has no fused kernels in this version") -> None:
+def announce_plain_path(device: torch.device, reason: str) -> None:
     """Logs once per process and reason that the plain path runs on a GPU; says nothing on CPU and MPS, where it is the product path."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
         _announce(reason)

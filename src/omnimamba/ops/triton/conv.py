@@ -1,8 +1,9 @@
 """Causal depthwise convolution with bias and SiLU, forward and backward; the definition is `omnimamba.ops.conv`.
 
 One program computes a tile of positions x channels. It reads the tile once per tap, the overlaps coming from the cache. The backward pass
-computes the convolution again instead of storing it, and writes one partial sum of the weight's gradient per tile of positions, so
-that the result does not depend on the order of programs. Sums are fp32.
+has two kernels: one computes the convolution again instead of storing it and passes dy through the SiLU, the other is the convolution
+the other way round. The weight's gradient is one partial sum per tile of positions, so that the result does not depend on the order of
+programs. Sums are fp32.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
@@ -59,11 +60,11 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["l"])
-def backward_kernel(
-    x, weight, bias, past, dy, dx, partial, stride_b, stride_l, past_b, past_c, past_w, dy_b, dy_l, l,
+def activation_backward_kernel(
+    x, weight, bias, past, dy, dtotal, partial, stride_b, stride_l, past_b, past_c, past_w, dy_b, dy_l, l,
     C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """partial: [b * tiles, w + 1, c], the tile's sums for each tap and, last, the bias."""
+    """dtotal: [b, l, c], the gradient before the SiLU; partial: [b * tiles, w + 1, c], the tile's sums for each tap and, last, the bias."""
     num_t = tl.cdiv(l, ROWS)
     i_bt = tl.program_id(0).to(tl.int64)
     i_b = i_bt // num_t
@@ -71,32 +72,42 @@ def backward_kernel(
     o_r = tl.arange(0, ROWS)
     o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_c = o_c < C
+    mask = (first + o_r < l)[:, None] & m_c[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
     p_tile = x + i_b * stride_b + first.to(tl.int64) * stride_l
     p_past = past + i_b * past_b
+    total = tl.zeros((ROWS, COLUMNS), tl.float32) + tl.load(bias + o_c, mask=m_c, other=0.0).to(dtype).to(tl.float32)[None, :]
+    for tap in tl.static_range(W):
+        inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
+        total += inputs * load_tap(weight, tap, o_c, C, dtype)
     p_dy = dy + i_b * dy_b + first.to(tl.int64) * dy_l
-    b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(dtype).to(tl.float32)[None, :]
+    gate = tl.sigmoid(total)
+    b_dtotal = tl.load(p_dy + o_r[:, None] * dy_l + o_c[None, :], mask=mask, other=0.0).to(tl.float32) * gate * (1 + total * (1 - gate))
+    p_partial = partial + i_bt * (W + 1) * C + o_c
+    for tap in tl.static_range(W):
+        inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
+        tl.store(p_partial + tap * C, tl.sum(b_dtotal * inputs, 0), mask=m_c)
+    tl.store(p_partial + W * C, tl.sum(b_dtotal, 0), mask=m_c)
+    tl.store(dtotal + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :], b_dtotal.to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["l"])
+def backward_kernel(
+    dtotal, weight, dx, l,
+    C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    num_t = tl.cdiv(l, ROWS)
+    i_b = (tl.program_id(0) // num_t).to(tl.int64)
+    o_t = (tl.program_id(0) % num_t) * ROWS + tl.arange(0, ROWS)
+    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    dtype: tl.constexpr = dx.dtype.element_ty
+    p_dtotal = dtotal + i_b * l * C + o_c[None, :]
     b_dx = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # Input t has a part in the outputs from t + w - 1 down to t. That one comes last: after its stores the compiler loads every tile anew.
-    for step in tl.static_range(W):
-        o_out = o_r + (W - 1 - step)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32) + b_bias
-        for tap in tl.static_range(W):
-            inputs = load_inputs(p_tile, p_past, first, o_r + (tap - step), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-            total += inputs * load_tap(weight, tap, o_c, C, dtype)
-        m_out = (first + o_out < l)[:, None] & m_c[None, :]
-        b_dy = tl.load(p_dy + o_out[:, None] * dy_l + o_c[None, :], mask=m_out, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(total)
-        b_dy = b_dy * gate * (1 + total * (1 - gate))
-        b_dx += b_dy * load_tap(weight, step, o_c, C, dtype)
-        if step == W - 1:
-            p_partial = partial + i_bt * (W + 1) * C + o_c
-            for tap in tl.static_range(W):
-                inputs = load_inputs(p_tile, p_past, first, o_r + (tap - step), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-                tl.store(p_partial + tap * C, tl.sum(b_dy * inputs, 0), mask=m_c)
-            tl.store(p_partial + W * C, tl.sum(b_dy, 0), mask=m_c)
-    p_dx = dx + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :]
-    tl.store(p_dx, b_dx.to(dtype), mask=(first + o_r < l)[:, None] & m_c[None, :])
+    for tap in tl.static_range(W):  # input t has a part in the outputs t to t + w - 1
+        o_out = o_t + (W - 1 - tap)
+        b_dtotal = tl.load(p_dtotal + o_out[:, None] * C, mask=(o_out < l)[:, None] & (o_c < C)[None, :], other=0.0).to(tl.float32)
+        b_dx += b_dtotal * load_tap(weight, tap, o_c, C, dtype)
+    tl.store(dx + i_b * l * C + o_t[:, None] * C + o_c[None, :], b_dx.to(dtype), mask=(o_t < l)[:, None] & (o_c < C)[None, :])
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -127,14 +138,14 @@ class CausalConv1d(torch.autograd.Function):
         state, *state_strides = past_arguments(x, past)
         choice = launch("conv_backward", c)
         tiles = b * triton.cdiv(l, choice.rows)
-        dx = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
+        dtotal, dx = torch.empty((2, b, l, c), dtype=x.dtype, device=x.device)
         partial = torch.empty((tiles, w + 1, c), dtype=torch.float32, device=x.device)
-        backward_kernel[tiles, triton.cdiv(c, choice.columns)](
-            x, taps, bias, state, dy, dx, partial,
-            *x.stride()[:2], *state_strides, *dy.stride()[:2], l,
-            C=c, W=w, HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns,
-            num_warps=choice.num_warps, num_stages=choice.num_stages,
+        grid, tile = (tiles, triton.cdiv(c, choice.columns)), {"ROWS": choice.rows, "COLUMNS": choice.columns}
+        activation_backward_kernel[grid](
+            x, taps, bias, state, dy, dtotal, partial, *x.stride()[:2], *state_strides, *dy.stride()[:2], l,
+            C=c, W=w, HAS_PAST=past is not None, num_warps=choice.num_warps, num_stages=choice.num_stages, **tile,
         )  # fmt: skip
+        backward_kernel[grid](dtotal, taps, dx, l, C=c, W=w, num_warps=choice.num_warps, num_stages=choice.num_stages, **tile)
         sums = partial.sum(0)
         dpast = past_gradient(x, taps, bias, past, dy) if ctx.needs_input_grad[3] else None
         return dx, sums[:w].T.to(taps.dtype).contiguous(), sums[w].to(bias.dtype), dpast

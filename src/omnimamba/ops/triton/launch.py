@@ -1,7 +1,7 @@
 """Every launch choice of the kernels, in one table; nothing is tuned at run time.
 
-The values follow from register and shared-memory use as the compiler reports them for compute capability 9.0. They have not been timed yet:
-change one after `benchmarks/ops.py` says so.
+Those of the decode kernels are the fastest that `benchmarks/decode.py --sweep` found on an H100; the others follow from register and
+shared-memory use as the compiler reports them for compute capability 9.0.
 """
 
 from typing import NamedTuple
@@ -17,6 +17,7 @@ class Launch(NamedTuple):
     columns: int  # channels of one tile; 0 where the tile holds a whole row
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread: more programs fit on a multiprocessor; None leaves it to the compiler
 
 
 # Kernel: (largest width, choice), the first row that is wide enough counts. The width is what the caller of `launch` passes.
@@ -48,6 +49,26 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
         (64, Launch(32, 0, num_warps=4, num_stages=1)),
         (torch.inf, Launch(32, 0, num_warps=8, num_stages=1)),
     ),
+    # width: input channels; the rows are outputs of one program, the tile holds them whole
+    "decode_project": (
+        (1024, Launch(16, 0, num_warps=4, num_stages=1)),
+        (2048, Launch(4, 0, num_warps=4, num_stages=1)),
+        (torch.inf, Launch(8, 0, num_warps=8, num_stages=1)),
+    ),
+    # the same for weights of 8 bits
+    "decode_project_8bit": (
+        (1024, Launch(16, 0, num_warps=4, num_stages=1)),
+        (2048, Launch(16, 0, num_warps=8, num_stages=1)),
+        (torch.inf, Launch(8, 0, num_warps=8, num_stages=1)),
+    ),
+    # width: rows of the batch; its rows are channels of a head
+    "decode_mix": (
+        (2, Launch(32, 0, num_warps=4, num_stages=1)),
+        (8, Launch(16, 0, num_warps=4, num_stages=1)),
+        (torch.inf, Launch(64, 0, num_warps=4, num_stages=1, max_registers=168)),
+    ),
+    "decode_norm": ((1024, Launch(1, 0, num_warps=4, num_stages=1)), (torch.inf, Launch(1, 0, num_warps=8, num_stages=1))),
+    "decode_sample": ((torch.inf, Launch(1, 1024, num_warps=4, num_stages=1)),),  # width: vocabulary; columns: tokens of one program
     # fp32 products run on the FMA units, whose operands are in registers too
     "ssd_forward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
     "ssd_states_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),

@@ -1,0 +1,362 @@
+"""Decode on a GPU: whole steps, from token to next sampled token, as CUDA graphs over the state pool.
+
+A step embeds each row's token, runs the blocks (`ops/triton/decode.py`) on the rows' slots in place, scores the vocabulary of each row's
+task and draws the next token (`ops/triton/decode_sample.py`). Nothing in it depends on the host, so a block of steps is as many replays
+of one graph, and the tokens are read once at its end. Graphs are captured on first use, one per (bucket of rows, tasks, filters).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omnimamba.config import Task
+from omnimamba.engine.request import SamplingParams
+from omnimamba.engine.runner import DecodeSample
+from omnimamba.engine.sampler import SamplingRows, guide, sample, signed
+from omnimamba.model.mamba2 import Mamba2Block
+from omnimamba.model.omnimamba import OmniMambaModel
+from omnimamba.model.state import MambaState
+from omnimamba.ops.quant import QuantizedWeight
+from omnimamba.ops.triton import decode as kernels
+from omnimamba.ops.triton import decode_sample as sampling
+from omnimamba.ops.triton.decode import Embedding, Lora, MixerWeights, Shift, Weight
+from omnimamba.ops.triton.decode_sample import Partial, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeOptions:
+    """How steps run. The defaults are the fastest measured (docs/LOG.md)."""
+
+    use_graphs: bool | None = None
+    """None: on a GPU."""
+    use_pdl: bool | None = None
+    """Programmatic dependent launch; None: where the GPU has it."""
+    max_vector_rows: int = 2
+    """Up to so many rows, a block is three launches that multiply matrix and vectors; above, projections are matrix products of cuBLAS."""
+    max_steps: int = 16
+    """Steps of a block at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    norm: Tensor
+    in_proj: Weight
+    packed: Tensor | None
+    """in_proj and, below it, the LoRA A of both tasks [n + 2 * r, d], for one matrix product; None if in_proj is quantised."""
+    lora: Lora
+    mixer: MixerWeights
+    gated_norm: Tensor
+    out_proj: Weight
+    conv: Tensor
+    ssm: Tensor
+
+
+class _Bucket:
+    """Static buffers of a number of rows; `rows` are views of `ints` and `floats`."""
+
+    def __init__(self, b: int, num_parts: int, max_steps: int, device: torch.device) -> None:
+        num_ints = len(Rows._fields) - 3
+        pin = device.type == "cuda"
+        self.b = b
+        self.host_ints = torch.zeros(num_ints, b, dtype=torch.int64, pin_memory=pin)
+        self.host_floats = torch.zeros(3, b, pin_memory=pin)
+        self.host_drawn = torch.zeros(b, max_steps, dtype=torch.int64, pin_memory=pin)
+        self.ints = torch.zeros(num_ints, b, dtype=torch.int64, device=device)
+        self.floats = torch.zeros(3, b, device=device)
+        self.drawn = torch.zeros(b, max_steps, dtype=torch.int64, device=device)
+        self.rows = Rows(*self.ints, *self.floats)
+        self.partial = Partial(
+            torch.zeros(b, num_parts, device=device),
+            torch.zeros(b, num_parts, device=device),
+            torch.zeros(b, num_parts, dtype=torch.int64, device=device),
+        )
+        self.ints[Rows._fields.index("slots")] = -1
+
+
+class FusedDecoder:
+    """Decodes on the slots of `state`. The model's weights must not change while it lives.
+
+    LoRA A moves to the memory below its in_proj (`pack`): the model's parameters stay what they were, as views of it.
+    """
+
+    def __init__(
+        self,
+        model: OmniMambaModel,
+        state: MambaState,
+        image_table: Tensor,
+        *,
+        stop_ids: Sequence[int] = (),
+        suppressed_ids: Sequence[int] = (),
+        options: DecodeOptions = DecodeOptions(),
+    ) -> None:
+        config, device = model.config, model.device
+        self.config = config
+        self.state = state
+        self.options = options
+        self.device = device
+        self.eps = config.backbone.norm_eps
+        self.pdl = kernels.has_dependent_launch(device) if options.use_pdl is None else options.use_pdl
+        self.use_graphs = device.type == "cuda" if options.use_graphs is None else options.use_graphs
+        self.layers = [pack_layer(block, state.conv[i], state.ssm[i]) for i, block in enumerate(model.backbone.layers)]
+        self.final_norm = model.backbone.norm_f.weight
+        self.heads = {Task.T2I: weight_of(model.image_embedding.weight), Task.MMU: weight_of(model.text_embedding.weight)}
+        self.embedding = Embedding(image_table, self.heads[Task.MMU], *(model.positions[task] for task in (Task.T2I, Task.MMU)))
+        self.text_flags = torch.zeros(config.text_vocab_size, dtype=torch.int32, device=device)
+        self.text_flags[list(suppressed_ids)] |= sampling.SUPPRESSED.value
+        self.text_flags[list(stop_ids)] |= sampling.STOPS.value
+        self._dtype = self.final_norm.dtype
+        self._width = config.backbone.d_in_proj + self.layers[0].lora.A.shape[0]
+        self._buckets: dict[int, _Bucket] = {}
+        self._graphs: dict[tuple[int, frozenset[Task], bool], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+        self._workspace: dict[tuple[str, int], Tensor] = {}
+
+    # ---- blocks of steps
+
+    def run(self, samples: Sequence[DecodeSample], num_steps: int) -> list[list[int]]:
+        """The next tokens of each sample: num_steps (at most max_steps), or fewer where it ended. Their slots are updated in place."""
+        assert 1 <= num_steps <= self.options.max_steps, num_steps
+        bucket = self.fill(samples)
+        tasks = frozenset(sample.task for sample in samples)
+        is_filtered = any(is_filtering(sample.params) for sample in samples)
+        for _ in range(num_steps):
+            self.replay(bucket, tasks, is_filtered)
+        bucket.host_ints.copy_(bucket.ints, non_blocking=True)
+        bucket.host_drawn.copy_(bucket.drawn, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        drawn, emitted = bucket.host_drawn.tolist(), bucket.host_ints[Rows._fields.index("emitted")].tolist()
+        own_rows = [row for row, null in enumerate(bucket.host_ints[Rows._fields.index("null_rows")].tolist()) if null >= 0]
+        return [drawn[row][: emitted[row]] for row in own_rows]
+
+    def fill(self, samples: Sequence[DecodeSample]) -> _Bucket:
+        """Puts the samples in the rows of a bucket; a guided one takes two neighbours, its own first."""
+        num_rows = sum(1 + (sample.slots[0] != sample.slots[1]) for sample in samples)
+        bucket = self.bucket(num_rows)
+        ints, floats = bucket.host_ints, bucket.host_floats
+        values: list[tuple[int, ...]] = []
+        settings: list[tuple[float, float, float]] = []
+        for s in samples:
+            params, row = s.params, len(values)
+            is_guided = s.slots[0] != s.slots[1]
+            is_greedy = params.temperature == 0 or params.top_k == 1
+            shared = (signed(s.key), s.step, params.top_k, int(is_greedy), s.remaining, 0)
+            for i in range(1 + is_guided):
+                null_row = row + is_guided if i == 0 else -1
+                values.append((s.token, s.slots[i], int(s.task is Task.T2I), null_row, *shared))
+                settings.append((params.temperature, params.top_p, params.guidance_scale))
+        ints.zero_()
+        ints[Rows._fields.index("slots")] = -1
+        ints[Rows._fields.index("null_rows")] = -1
+        ints[:, :num_rows] = torch.tensor(values, dtype=torch.int64).T
+        floats[:, :num_rows] = torch.tensor(settings).T
+        bucket.ints.copy_(ints, non_blocking=True)
+        bucket.floats.copy_(floats, non_blocking=True)
+        return bucket
+
+    def bucket(self, num_rows: int) -> _Bucket:
+        """The smallest bucket of a power of two of rows."""
+        b = 1 << (num_rows - 1).bit_length()
+        if b not in self._buckets:
+            num_parts = max(sampling.num_parts(self.config.image_vocab_size), sampling.num_parts(self.config.text_vocab_size))
+            self._buckets[b] = _Bucket(b, num_parts, self.options.max_steps, self.device)
+        return self._buckets[b]
+
+    def replay(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool) -> None:
+        """One step of what is in the bucket."""
+        if not self.use_graphs:
+            self._step(bucket, tasks, is_filtered)
+            return
+        key = (bucket.b, tasks, is_filtered)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(bucket, tasks, is_filtered)
+        self._graphs[key].replay()
+
+    def _capture(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool) -> torch.cuda.CUDAGraph:
+        """Compiles the kernels on rows that are padding, then records a step."""
+        ints = bucket.ints.clone()
+        bucket.rows.slots.fill_(-1)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._step(bucket, tasks, is_filtered)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        bucket.ints.copy_(ints)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._step(bucket, tasks, is_filtered)
+        return graph
+
+    # ---- one step
+
+    def logits(self, samples: Sequence[DecodeSample]) -> dict[Task, Tensor]:
+        """One step without its sampling: per task the logits [b, v] of all rows, those of samples in order, null prompts included."""
+        return self._logits(self.fill(samples), frozenset(sample.task for sample in samples))
+
+    def _step(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool) -> None:
+        logits = self._logits(bucket, tasks)
+        if is_filtered:
+            self._filter(bucket, logits)
+            parts = (1, 1)
+        else:
+            sampling.score(logits.get(Task.T2I), logits.get(Task.MMU), self.text_flags, bucket.rows, bucket.partial, pdl=self.pdl)
+            parts = (sampling.num_parts(self.config.image_vocab_size), sampling.num_parts(self.config.text_vocab_size))
+        sampling.finish(self.text_flags, bucket.rows, bucket.partial, bucket.drawn, parts=parts, pdl=self.pdl)
+
+    @torch.no_grad()
+    def _logits(self, bucket: _Bucket, tasks: frozenset[Task]) -> dict[Task, Tensor]:
+        b, rows = bucket.b, bucket.rows
+        residual = self._buffer("residual", b, self.config.backbone.d_model, torch.float32)
+        kernels.embed(rows.tokens, rows.is_t2i, rows.slots, self.state.position, self.embedding, residual, pdl=self.pdl)
+        step = self._vector_step if self.path(b) == "vector" else self._matrix_step
+        return step(b, rows, residual, tasks)
+
+    def path(self, b: int) -> str:
+        """How a bucket of b rows is computed: `vector` or `matrix`, see `DecodeOptions.max_vector_rows`."""
+        return "vector" if b <= self.options.max_vector_rows else "matrix"
+
+    def _vector_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
+        """Logits [b, v] of each task, by products of matrix and vector."""
+        config = self.config.backbone
+        projected = self._buffer("projected", b, self._width, torch.float32)
+        y = self._buffer("y", b, config.d_inner, torch.float32)
+        newest = self._buffer("newest", b, 2 * config.d_state, torch.float32)
+        for layer in self.layers:
+            kernels.project(residual, layer.norm, layer.in_proj, projected, eps=self.eps, lora=layer.lora, pdl=self.pdl)
+            kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
+            kernels.project(
+                y, layer.gated_norm, layer.out_proj, residual, eps=self.eps, add=True, shift=Shift(layer.conv, rows.slots, newest),
+                pdl=self.pdl,
+            )  # fmt: skip
+        logits = {}
+        for task in tasks:
+            logits[task] = self._buffer(f"{task} logits", b, self.heads[task].values.shape[0], torch.float32)
+            kernels.project(residual, self.final_norm, self.heads[task], logits[task], eps=self.eps, pdl=self.pdl)
+        return logits
+
+    def _matrix_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
+        """The same by matrix products, in the model's dtype."""
+        config = self.config.backbone
+        u = self._buffer("u", b, config.d_model, self._dtype)
+        projected = self._buffer("matrix projected", b, self._width, self._dtype)
+        y = self._buffer("y", b, config.d_inner, torch.float32)
+        newest = self._buffer("newest", b, 2 * config.d_state, torch.float32)
+        gated = self._buffer("gated", b, config.d_inner, self._dtype)
+        mixed = self._buffer("mixed", b, config.d_model, self._dtype)
+        for i, layer in enumerate(self.layers):
+            kernels.norm(residual, layer.norm, u, eps=self.eps, addend=mixed if i else None, pdl=self.pdl)
+            multiply_with_lora(u, layer, projected)
+            kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
+            kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=Shift(layer.conv, rows.slots, newest), pdl=self.pdl)
+            multiply(gated, layer.out_proj, mixed)
+        kernels.norm(residual, self.final_norm, u, eps=self.eps, addend=mixed, pdl=self.pdl)
+        logits = {}
+        for task in tasks:
+            logits[task] = self._buffer(f"matrix {task} logits", b, self.heads[task].values.shape[0], self._dtype)
+            multiply(u, self.heads[task], logits[task])
+        return logits
+
+    @torch.no_grad()
+    def _filter(self, bucket: _Bucket, logits: dict[Task, Tensor]) -> None:
+        """Tokens of the sampler with top-k and top-p, as the one part that `finish` chooses from."""
+        rows = bucket.rows
+        own_null = rows.null_rows.clamp(min=0)
+        settings = SamplingRows(
+            rows.temperature, rows.top_k, rows.top_p, rows.guidance_scale, rows.keys, rows.steps, rows.is_greedy.bool(), False, True
+        )
+        tokens = torch.zeros_like(rows.tokens)
+        for task, scores in logits.items():
+            guided = guide(scores.float(), scores[own_null].float(), rows.guidance_scale)
+            if task is Task.MMU:
+                guided = guided.masked_fill((self.text_flags & sampling.SUPPRESSED.value) != 0, -torch.inf)
+            tokens = torch.where(rows.is_t2i == (task is Task.T2I), sample(guided, settings), tokens)
+        bucket.partial.maximum[:, 0] = 0
+        bucket.partial.score[:, 0] = 0
+        bucket.partial.token[:, 0] = tokens
+
+    def buffers(self) -> list[Tensor]:
+        """All that a step writes and no later step reads, so far."""
+        return list(self._workspace.values())
+
+    def _buffer(self, name: str, b: int, width: int, dtype: torch.dtype) -> Tensor:
+        """The [b, width] of this name, which lives as long as the graphs that use it."""
+        key = (name, b)
+        if key not in self._workspace:
+            self._workspace[key] = torch.zeros(b, width, dtype=dtype, device=self.device)
+        return self._workspace[key]
+
+
+def is_filtering(params: SamplingParams) -> bool:
+    """Whether top-k or top-p excludes tokens of a sample that is drawn at random."""
+    return params.temperature > 0 and params.top_k != 1 and (params.top_k > 0 or params.top_p < 1)
+
+
+def weight_of(parameter: Tensor | QuantizedWeight) -> Weight:
+    return Weight(parameter.values, parameter.scale) if isinstance(parameter, QuantizedWeight) else Weight(parameter)
+
+
+def multiply(u: Tensor, weight: Weight, out: Tensor) -> None:
+    """out [b, n] = u @ weight.T; numbers of 8 bits are exact in u's dtype, and their scales multiply the products."""
+    if weight.scale is None:
+        torch.mm(u, weight.values.T, out=out)
+    else:
+        torch.mul(u @ weight.values.to(u.dtype).T, weight.scale, out=out)
+
+
+def multiply_with_lora(u: Tensor, layer: _Layer, out: Tensor) -> None:
+    """out [b, n + 2 * r] = u @ in_proj.T, followed by u @ lora_A.T."""
+    if layer.packed is not None:
+        torch.mm(u, layer.packed.T, out=out)
+        return
+    n = layer.in_proj.values.shape[0]
+    multiply(u, layer.in_proj, out[:, :n])
+    out[:, n:] = u @ layer.lora.A.T
+
+
+def pack(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts [n_i, k] as one matrix, whose views the parts become, unless they are the views of one already."""
+    first, offset = parts[0], parts[0].storage_offset()
+    neighbours = []
+    for part in parts:
+        neighbours.append((part.untyped_storage().data_ptr(), part.storage_offset()) == (first.untyped_storage().data_ptr(), offset))
+        offset += part.numel()
+    num_rows, k = sum(part.shape[0] for part in parts), first.shape[1]
+    if all(neighbours):
+        return first.detach().as_strided((num_rows, k), (k, 1))
+    packed = torch.cat([part.detach() for part in parts])
+    for part, rows in zip(parts, packed.split([part.shape[0] for part in parts]), strict=True):
+        part.data = rows
+    return packed
+
+
+@torch.no_grad()
+def pack_layer(block: nn.Module, conv: Tensor, ssm: Tensor) -> _Layer:
+    assert isinstance(block, Mamba2Block)
+    mixer = block.mixer
+    in_proj = mixer.in_proj
+    n, d = in_proj.weight.shape
+    pairs = [str(task) for task in (Task.MMU, Task.T2I)]
+    if in_proj.lora_A:
+        A = torch.cat([in_proj.lora_A[task] for task in pairs])
+        B = torch.stack([in_proj.lora_B[task] for task in pairs])
+    else:  # a pair that adds nothing
+        A, B = block.norm.weight.new_zeros(2, d), block.norm.weight.new_zeros(2, n, 1)
+    packed = None
+    if isinstance(in_proj.weight, Tensor):
+        packed = pack([in_proj.weight, *(in_proj.lora_A[task] for task in pairs)] if in_proj.lora_A else [in_proj.weight, A])
+        A = packed[n:]
+    return _Layer(
+        norm=block.norm.weight,
+        in_proj=weight_of(in_proj.weight),
+        packed=packed,
+        lora=Lora(A, B, in_proj.scaling),
+        mixer=MixerWeights(mixer.conv1d.weight[:, 0].contiguous(), mixer.bias, mixer.A_log, mixer.D, mixer.dt_bias),
+        gated_norm=mixer.norm.weight,
+        out_proj=weight_of(mixer.out_proj.weight),
+        conv=conv,
+        ssm=ssm,
+    )

@@ -1,0 +1,260 @@
+"""The kernels of decoding against `Mamba2Backbone.step` and the engine's sampler, and whole blocks of steps against single plain ones."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from omnimamba.config import BackboneConfig, LoraConfig, Task, preset
+from omnimamba.engine.decoder import DecodeOptions, FusedDecoder
+from omnimamba.engine.request import SamplingParams
+from omnimamba.engine.runner import DecodeSample, Runner
+from omnimamba.engine.sampler import SamplingRows, guide, sample, stream_key
+from omnimamba.model.omnimamba import OmniMambaModel, cast
+from omnimamba.model.quantize import quantize_model
+from omnimamba.ops.quant import QuantizedWeight
+from omnimamba.ops.triton import decode as kernel
+from omnimamba.ops.triton import decode_sample as sampling
+
+PATHS = {
+    "vector": DecodeOptions(max_vector_rows=8),
+    "matrix": DecodeOptions(max_vector_rows=0),
+}
+NUM_SLOTS = 6
+SUPPRESSED, STOPS = (3, 4, 5), tuple(range(150, 200))
+T2I, MMU = Task.T2I, Task.MMU
+DRAWN, GREEDY, GUIDED = SamplingParams(seed=0), SamplingParams(seed=0, temperature=0.0), SamplingParams(seed=0, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def model(kernel_device) -> OmniMambaModel:
+    """Sizes that no tile is: every mask is needed."""
+    config = dataclasses.replace(
+        preset("tiny"),
+        backbone=BackboneConfig(d_model=40, n_layer=2, d_state=12, headdim=20, d_conv=3),
+        lora=LoraConfig(rank=3),
+        text_vocab_size=208,
+        base_vocab_size=198,
+        mmu_positions=60,
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # A_log, dt_bias
+        model = OmniMambaModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D"):
+                continue
+            scale = 0.5 if "norm" in name or parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
+    return model.to(kernel_device).eval().requires_grad_(False)
+
+
+def runner_of(model: OmniMambaModel, **options) -> Runner:
+    """A runner whose slots all hold a past."""
+    runner = Runner(model, NUM_SLOTS, **options)
+    generator = torch.Generator().manual_seed(1)
+    for part in (runner.state.conv, runner.state.ssm):
+        part.copy_(torch.randn(part.shape, generator=generator))
+    runner.state.position.copy_(torch.tensor([5, 58, 2, 9, 1, 17]))
+    return runner
+
+
+def samples(*chosen: tuple[tuple[int, int], Task, SamplingParams], remaining: int = 9) -> list[DecodeSample]:
+    return [
+        DecodeSample(slots, task, 7 + i, params, stream_key(0, i), 2 * i, remaining + i) for i, (slots, task, params) in enumerate(chosen)
+    ]
+
+
+def rows_of(batch: list[DecodeSample]) -> list[tuple[int, DecodeSample]]:
+    return [(slot, s) for s in batch for slot in dict.fromkeys(s.slots)]
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= tolerance, error  # not so for NaN
+
+
+def poison(decoder: FusedDecoder, monkeypatch) -> None:
+    """Its buffers are NaN before they are written."""
+    buffer_of = decoder._buffer
+
+    def poisoned(name: str, b: int, width: int, dtype: torch.dtype) -> Tensor:
+        num = len(decoder.buffers())
+        buffer = buffer_of(name, b, width, dtype)
+        return buffer.fill_(torch.nan) if len(decoder.buffers()) > num else buffer
+
+    monkeypatch.setattr(decoder, "_buffer", poisoned)
+
+
+BATCHES = {
+    "image": samples(((4, 4), T2I, DRAWN)),
+    "text past the last position": samples(((1, 1), MMU, DRAWN)),
+    "guided": samples(((4, 1), T2I, GUIDED)),
+    "both tasks": samples(((5, 5), MMU, DRAWN), ((0, 0), T2I, DRAWN)),
+    "padded": samples(((3, 0), T2I, GUIDED), ((5, 5), MMU, GREEDY)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_step_equals_the_plain_one(model, monkeypatch, path, name, dtype):
+    if dtype == torch.bfloat16:
+        if name != "both tasks":
+            pytest.skip("one batch shows the rounding")
+        half = cast(OmniMambaModel(model.config).to(model.device), dtype).eval().requires_grad_(False)
+        half.load_state_dict(model.state_dict())
+        reference = cast(OmniMambaModel(model.config).to(model.device), torch.float32).eval().requires_grad_(False)
+        reference.load_state_dict(half.state_dict())  # the same rounded weights
+    else:
+        half = reference = model
+    batch = BATCHES[name]
+    runner, expected = runner_of(half), runner_of(reference)
+    expected.image_table.copy_(runner.image_table)
+    expected.state.conv.copy_(runner.state.conv)
+    decoder = FusedDecoder(half, runner.state, runner.image_table, options=PATHS[path])
+    assert decoder.path(decoder.bucket(len(rows_of(batch))).b) == path
+    poison(decoder, monkeypatch)
+    before = runner.state.clone()
+    found = decoder.logits(batch)
+    rows = rows_of(batch)
+    logits = expected.decode([slot for slot, _ in rows], [s.task for _, s in rows], [s.token for _, s in rows])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for task, wanted in logits.items():
+        assert_near(found[task][[i for i, (_, s) in enumerate(rows) if s.task is task]], wanted, tolerance)
+    assert_near(runner.state.ssm, expected.state.ssm, tolerance)
+    assert_near(runner.state.conv, expected.state.conv, tolerance)
+    assert torch.equal(runner.state.position, expected.state.position)
+    idle = [slot for slot in range(NUM_SLOTS) if slot not in [slot for slot, _ in rows]]
+    for part in ("conv", "ssm"):
+        assert torch.equal(getattr(runner.state, part)[:, idle], getattr(before, part)[:, idle])
+
+
+@pytest.mark.parametrize(("scheme", "path"), [("int8", "vector"), ("int8", "matrix"), ("fp8", "matrix")])
+def test_a_step_of_a_quantised_model(model, scheme, path):
+    quantised, reference = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_model(quantised, scheme)
+    for name, module in quantised.named_modules():
+        if isinstance(module, QuantizedWeight):
+            reference.get_parameter(name).copy_(module.dequantize())
+    batch = BATCHES["both tasks"]
+    runner, expected = runner_of(quantised), runner_of(reference)
+    expected.image_table.copy_(runner.image_table)
+    found = FusedDecoder(quantised, runner.state, runner.image_table, options=PATHS[path]).logits(batch)
+    rows = rows_of(batch)
+    logits = expected.decode([slot for slot, _ in rows], [s.task for _, s in rows], [s.token for _, s in rows])
+    for task, wanted in logits.items():
+        assert_near(found[task][[i for i, (_, s) in enumerate(rows) if s.task is task]], wanted, 1e-5)
+    assert_near(runner.state.ssm, expected.state.ssm, 1e-5)
+
+
+def plain_tokens(runner: Runner, batch: list[DecodeSample], num_steps: int) -> list[list[int]]:
+    """What single steps and the engine's sampler make of the batch."""
+    drawn: list[list[int]] = [[] for _ in batch]
+    for step in range(num_steps):
+        live = [
+            i for i, s in enumerate(batch) if len(drawn[i]) < s.remaining and not (s.task is MMU and drawn[i] and drawn[i][-1] in STOPS)
+        ]
+        rows = [(slot, i) for i in live for slot in dict.fromkeys(batch[i].slots)]
+        if not rows:
+            break
+        last = {i: drawn[i][-1] if drawn[i] else batch[i].token for i in live}
+        logits = runner.decode([slot for slot, _ in rows], [batch[i].task for _, i in rows], [last[i] for _, i in rows])
+        for i in live:
+            s = batch[i]
+            own = [k for k, (_, owner) in enumerate(row for row in rows if batch[row[1]].task is s.task) if owner == i]
+            settings = SamplingRows.of([s.params], [s.key], [s.step + step], runner.model.device)
+            scores = guide(logits[s.task][own[:1]], logits[s.task][own[-1:]], settings.guidance_scale)
+            if s.task is MMU:
+                scores[:, SUPPRESSED] = -torch.inf
+            drawn[i].append(int(sample(scores, settings)))
+    return drawn
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_blocks_of_steps_equal_single_steps(model, path):
+    """Samples end within a block by length and by a stop id; a filtered batch and a following block too."""
+    batch = samples(((4, 4), T2I, DRAWN), ((5, 5), MMU, DRAWN), remaining=1)
+    batch += samples(((3, 0), T2I, dataclasses.replace(GUIDED, top_k=5)))
+    runner, expected = runner_of(model), runner_of(model)
+    decoder = FusedDecoder(model, runner.state, runner.image_table, stop_ids=STOPS, suppressed_ids=SUPPRESSED, options=PATHS[path])
+    first = decoder.run(batch, 2)
+    going = [
+        dataclasses.replace(s, token=tokens[-1], step=s.step + len(tokens), remaining=s.remaining - len(tokens))
+        for s, tokens in zip(batch, first, strict=True)
+        if len(tokens) < s.remaining and not (s.task is MMU and tokens[-1] in STOPS)
+    ]
+    found = {s.slots: tokens for s, tokens in zip(batch, first, strict=True)}
+    for s, tokens in zip(going, decoder.run(going, 1) if going else [], strict=True):
+        found[s.slots] = found[s.slots] + tokens
+    assert list(found.values()) == plain_tokens(expected, batch, 3)
+    assert_near(runner.state.ssm, expected.state.ssm, 1e-5)
+    assert torch.equal(runner.state.position, expected.state.position)
+
+
+def test_the_parameters_stay_what_they_were(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runner = runner_of(model)
+    FusedDecoder(model, runner.state, runner.image_table)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights(kernel_device, num_rows, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(num_rows, 24, generator=generator), torch.randn(37, 24, generator=generator)
+    limit = 127 if dtype == torch.int8 else 448
+    scale = weight.abs().amax(1) / limit
+    values = (weight / scale[:, None]).round().to(dtype)
+    out = torch.full((num_rows, 37), torch.nan, device=kernel_device)
+    norm_weight = torch.rand(24, generator=generator)
+    quantised = kernel.Weight(values.to(kernel_device), scale.to(kernel_device))
+    kernel.project(x.to(kernel_device), norm_weight.to(kernel_device), quantised, out, eps=1e-5)
+    expected = torch.nn.functional.rms_norm(x, (24,), norm_weight, 1e-5) @ (values.float() * scale[:, None]).T
+    assert_near(out.cpu(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_are_those_of_the_sampler(kernel_device, seed):
+    """Guidance, temperatures near 0, greedy rows, suppressed and stop ids, a row of padding, more than one part of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    image_logits, text_logits = (torch.randn(6, v, generator=generator).mul(2).to(kernel_device) for v in (64, 1300))
+    temperatures, scales = (1.0, 0.0, 0.5, 1.0, 1e-6, 2.0), (1.0, 1.0, 1.0, 3.0, 1.0, 1.0)
+    params = [SamplingParams(temperature=t, guidance_scale=s) for t, s in zip(temperatures, scales, strict=True)]
+    settings = SamplingRows.of(params, [stream_key(seed, i) for i in range(6)], [3 * seed + i for i in range(6)], kernel_device)
+
+    def ints(*values: int) -> Tensor:
+        return torch.tensor(values, device=kernel_device)
+
+    is_t2i, null_rows = ints(1, 0, 0, 1, 0, 1), ints(0, 1, 2, 5, 4, -1)
+    flags = torch.zeros(1300, dtype=torch.int32, device=kernel_device)
+    flags[3:9] |= sampling.SUPPRESSED.value
+    flags[600:] |= sampling.STOPS.value
+    rows = sampling.Rows(
+        ints(*[0] * 6), ints(5, 4, 3, 2, -1, 0), is_t2i, null_rows, settings.keys.clone(), settings.steps.clone(), settings.top_k,
+        settings.is_greedy.long(), ints(2, 5, 1, 9, 9, 9), ints(*[0] * 6), settings.temperature.clone(), settings.top_p.clone(),
+        settings.guidance_scale.clone(),
+    )  # fmt: skip
+    parts = (sampling.num_parts(64), sampling.num_parts(1300))
+    assert parts[1] > 1
+    nan = torch.full((6, parts[1]), torch.nan, device=kernel_device)
+    partial = sampling.Partial(nan, nan.clone(), torch.full((6, parts[1]), -7, device=kernel_device))
+    drawn = torch.full((6, 4), -5, device=kernel_device)
+    sampling.score(image_logits, text_logits, flags, rows, partial)
+    sampling.finish(flags, rows, partial, drawn, parts=parts)
+
+    text_logits[:, 3:9] = -torch.inf
+    images = sample(guide(image_logits, image_logits[null_rows.clamp(min=0)], settings.guidance_scale), settings)
+    expected = torch.where(is_t2i.bool(), images, sample(text_logits, settings)).tolist()
+    assert drawn[:, 0].tolist() == [*expected[:4], -5, -5]
+    assert rows.tokens.tolist() == [*expected[:4], 0, expected[3]]  # the last row is the null prompt of the fourth
+    assert rows.slots.tolist() == [5, -1 if expected[1] >= 600 else 4, -1, 2, -1, 0]
+    assert rows.emitted.tolist() == [1, 1, 1, 1, 0, 0]
+    assert (rows.steps - settings.steps).tolist() == [1, 1, 1, 1, 0, 0]
