@@ -53,15 +53,15 @@ bench: $(STAMP) ## run every benchmark; figures go to runs/bench/*.json
 	set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script --json runs/bench/$$(basename $$script .py).json; done
 
 # Newest versions that fit together, but for torch and torchvision: a torchvision release works with one torch release only.
-# Of the eval extra, only matplotlib: lmms-eval brings a large tree that no test uses.
-LOCKED = torch==2.14.1 torchvision==0.29.1 'matplotlib>=3.9'
+# Not the eval extra: lmms-eval brings a large tree that no test uses; what else of it tests use is in dev.
+LOCKED = torch==2.14.1 torchvision==0.29.1
 # torch's CUDA libraries and triton exist for Linux only.
 LINUX_ONLY = s/^((nvidia|cuda)-[^=]*|triton)==.*/&; sys_platform == "linux"/
 
 lock: ## resolve the dependencies anew into requirements.lock
 	set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	$(PYTHON) -m venv "$$tmp"; \
-	"$$tmp/bin/python" -m pip install --quiet --editable '.[train,dev]' $(LOCKED); \
+	"$$tmp/bin/python" -m pip install --quiet --editable '.[train,serve,ray,dev]' $(LOCKED); \
 	"$$tmp/bin/python" -m pip freeze --all --exclude-editable --exclude pip > "$$tmp/frozen"; \
 	if grep -vE '^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$$' "$$tmp/frozen"; then echo "not a plain name==version"; exit 1; fi; \
 	{ echo '# Written by `make lock`.'; sed -E '$(LINUX_ONLY)' "$$tmp/frozen"; } > requirements.lock

@@ -88,7 +88,7 @@ def test_parts_may_be_left_out():
         ({"backbone": {"norm_eps": float("nan")}}, "norm_eps=nan is not positive"),
         ({"backbone": {"d_model": 100}}, "expand.d_model=200 is not a multiple of headdim=64"),
         ({"backbone": {"d_model": 96, "ngroups": 2}}, "nheads=3 is not a multiple of ngroups=2"),
-        ({"lora": {"rank": -8}}, "rank=-8 is not positive"),
+        ({"lora": {"rank": -8}}, "lora rank=-8 is negative; pass 0 for none"),
         ({"lora": {"dropout": 1.0}}, r"lora dropout=1.0 is outside \[0, 1\)"),
         ({"vq": {"ch": 48}}, "vq.ch=48 is not a multiple of 32"),
         ({"vq": {"image_size": 100}}, "vq.image_size=100 is not a multiple of the 16-fold downsampling"),

@@ -110,8 +110,8 @@ def test_commands_exist(page):
     shell = "".join(fence[2] for fence in FENCE.finditer(page.read_text(encoding="utf-8")) if fence[1] == "bash")
     for recipe in re.findall(r"recipes/\S+\.toml", shell):
         assert (ROOT / recipe).is_file(), recipe
-    for line in re.findall(r"omnimamba ((?:eval )?[a-z]+[^|\n]*)", shell):
-        names, options = re.findall(r"[a-z]+", line)[:2], re.findall(r"(?<!\S)--[a-z-]+", line)
+    for line in re.findall(r"omnimamba ((?:eval )?[a-z0-9]+[^|\n]*)", shell):
+        names, options = re.findall(r"[a-z0-9]+", line)[:2], re.findall(r"(?<!\S)--[a-z-]+", line)
         command = commands[names[0]]
-        command = command.commands[names[1]] if names[0] == "eval" else command
+        command = command.commands[names[1]] if hasattr(command, "commands") else command
         assert set(options) <= {name for parameter in command.params for name in parameter.opts} | {"--help"}, line

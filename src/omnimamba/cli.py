@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from omnimamba.train.interrupt import Interrupted
+
 if TYPE_CHECKING:
     from omnimamba.engine.omnimamba import OmniMamba
-    from omnimamba.model.vq import VQModel
+    from omnimamba.eval.report import Report
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 """Exit codes; the last two are those of a program that died of SIGINT and SIGPIPE."""
 BAR_AFTER_SECONDS = 2.0
+SPEED_SECONDS = 600.0
+"""The time left is estimated from the progress of this time."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 QUALITY = 95
 """Of JPEG and WebP files; PNG files are lossless."""
@@ -41,17 +45,48 @@ app = typer.Typer(
 )
 benchmarks = typer.Typer(rich_markup_mode=None)
 app.add_typer(benchmarks, name="eval")
+bulk_work = typer.Typer(rich_markup_mode=None)
+app.add_typer(bulk_work, name="batch")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="nano (shipped), a model folder, a Hub id, or an official .pth file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")]
+Quantize = Annotated[str | None, typer.Option(help="Compute with int8, fp8 or int4 weights. Default: as stored.", show_default=False)]
+NumSlots = Annotated[int, typer.Option(min=1, help="Sequences that run at once; a guided image is two.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the result reproducible; drawn when it is not given.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token, 1 is the model's own distribution.")]
 TopK = Annotated[int, typer.Option(help="Only the k most probable tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(help="Only the most probable tokens that hold this share together; 1 is off.")]
 PastLastPosition = Annotated[str, typer.Option(help="Text longer than the position table: error, or clamp (go on with its last row).")]
+ShardSize = Annotated[int, typer.Option(min=1, help="Items that are computed or lost together when the work is interrupted.")]
+MaxBroken = Annotated[int, typer.Option(min=0, help="Missing and unreadable images that are skipped with a warning; one more is an error.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="Work on a Ray cluster (RAY_ADDRESS), whose machines see the same files.")]
+NumWorkers = Annotated[int, typer.Option(min=1, help="Of --ray.")]
+GpusPerWorker = Annotated[float, typer.Option(min=0, help="Of --ray; may be a fraction.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", show_default=False)]
+BootstrapSeed = Annotated[int, typer.Option("--seed", help="Of the intervals.")]
+
+GuidanceScale = Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is off. Default: the model's.")]
+PaintTemperature = Annotated[float | None, typer.Option(help="0 paints the most probable image. Default: the model's.")]
+PaintTopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens; 0 is off. Default: the model's.")]
+PaintTopP = Annotated[float | None, typer.Option(help="Only the tokens that hold this share; 1 is off. Default: the model's.")]
+PaintSeed = Annotated[int, typer.Option("--seed", help="Of the paintings and of the intervals.")]
+PaintShard = Annotated[str | None, typer.Option("--shard", help="I/N: paint part I of N only.", show_default=False)]
+PaintOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the images; a second call goes on from them. Default: runs/eval/NAME.", show_default=False),
+]
+
+QUESTION_BENCHMARKS = {
+    "pope": "POPE: yes/no questions about objects that may not be there. Split: coco.",
+    "mme": "MME: pairs of yes/no questions, perception and cognition. Split: test.",
+    "gqa": "GQA: compositional questions. Splits: testdev_balanced, val_balanced.",
+    "vqav2": "VQAv2: open questions. Splits: test-dev and test (a file for the evaluation server), val.",
+    "textvqa": "TextVQA: questions that need reading. Splits: val (with the data's OCR words), val-plain.",
+    "mmmu": "MMMU: college exams. Splits: validation, dev.",
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -78,20 +113,21 @@ def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG, JPEG or WebP file; existing files are overwritten.")] = Path("image.png"),
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="With several, NAME.png becomes NAME-0.png, NAME-1.png, ...")] = 1,
     grid: Annotated[bool, typer.Option("--grid", help="Write one contact sheet of all images instead.")] = False,
-    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is off. Default: the model's.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 paints the most probable image. Default: the model's.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens; 0 is off. Default: the model's.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the tokens that hold this share; 1 is off. Default: the model's.")] = None,
+    guidance_scale: GuidanceScale = None,
+    temperature: PaintTemperature = None,
+    top_k: PaintTopK = None,
+    top_p: PaintTopP = None,
     seed: Seed = None,
     model: Model = "nano",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Paint images from a text."""
     files = image_files(out, 1 if grid else num_images)
     with progress_bar(f"loading {model}") as show:
-        omni = load(model, device, dtype)
+        omni = load(model, device, dtype, quantize)
         show("painting")
         started = time.perf_counter()
         images = omni.generate_image(
@@ -132,6 +168,7 @@ def describe(
     model: Model = "nano",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about images."""
@@ -139,7 +176,7 @@ def describe(
     sampling = sampling_of(max_new_tokens, temperature, top_k, top_p, seed, past_last_position)
     is_stream = len(images) == 1 and not as_json
     with progress_bar(f"loading {model}") as show:
-        omni = load(model, device, dtype)
+        omni = load(model, device, dtype, quantize)
         show("describing")
         answers = omni.describe(sources[0] if is_stream else sources, question, stream=is_stream, **sampling)
     if is_stream:
@@ -165,6 +202,7 @@ def chat(
     model: Model = "nano",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Talk about an image.
 
@@ -176,7 +214,7 @@ def chat(
         check_output(save_state)
     sampling = sampling_of(max_new_tokens, temperature, top_k, top_p, seed, past_last_position)
     with progress_bar(f"loading {model}"):
-        omni = load(model, device, dtype)
+        omni = load(model, device, dtype, quantize)
         conversation = omni.load_conversation(load_state) if load_state else omni.chat(image)
     try:
         for question in questions():
@@ -192,15 +230,56 @@ def chat(
 
 
 @app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: lets other computers in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    num_slots: NumSlots = 32,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for slots; more get status 429.")] = 64,
+    prefix_cache_mib: Annotated[int, typer.Option(min=0, help="MiB of snapshots of images and conversations that were read.")] = 256,
+    states_mib: Annotated[int, typer.Option(min=0, help="MiB of conversation states that clients may keep; 0 is off.")] = 0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OMNIMAMBA_API_KEY", help="Required of clients. Better given by the variable OMNIMAMBA_API_KEY.")
+    ] = None,
+    fetch_remote: Annotated[bool, typer.Option("--fetch-remote", help="Fetch image_url addresses on the public internet.")] = False,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the web page at /.")] = True,
+    drain_seconds: Annotated[int, typer.Option(min=1, help="After SIGTERM, how long answers under way may take.")] = 60,
+    model: Model = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+) -> None:
+    """Serve an OpenAI-compatible API and a web page."""
+    from omnimamba.server.config import MIB, ServerConfig
+    from omnimamba.server.listen import listen
+
+    config = ServerConfig(
+        api_key=api_key,
+        max_waiting=max_waiting,
+        prefix_cache_bytes=prefix_cache_mib * MIB,
+        state_bytes=states_mib * MIB,
+        fetch_remote=fetch_remote,
+    )
+    bound = listen(host, port)
+    from omnimamba.server.run import Server  # slow: a port that is taken is said at once
+
+    with progress_bar(f"loading {model}"):
+        omni = load(model, device, dtype, quantize, num_slots=num_slots)
+    server = Server(omni, config, Path(model).name, with_page=page, drain_seconds=drain_seconds)
+    if code := server.run_on(bound):
+        sys.exit(code)
+
+
+@app.command()
 def info(
     model: Model = "nano",
     preset: Annotated[str | None, typer.Option(help="Show a model shape (1.3b, L, nano, tiny) without any weights.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Show the sizes of a model."""
-    figures = shape_figures(preset) if preset else model_figures(load(model, device, dtype))
+    figures = shape_figures(preset) if preset else model_figures(load(model, device, dtype, quantize))
     if as_json:
         print_json(figures)
         return
@@ -218,6 +297,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Model folder; with --to official a .pth file.", show_default=False)],
     to: Annotated[str, typer.Option(help="safetensors (a model folder) or official (the authors' .pth).")] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or int8 (folders only). Default: as stored.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8, fp8 or int4: weights to compute with (folders only).")] = None,
     config: Annotated[str | None, typer.Option(help="Preset or config.json of a .pth file of unusual sizes.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to put in.")] = None,
     vq: Annotated[Path | None, typer.Option(help="A VQ tokenizer to put in, as LlamaGen publishes them.")] = None,
@@ -245,6 +325,7 @@ def convert(
             out,
             to=to,
             dtype=dtype,
+            quantize=quantize,
             config=config,
             tokenizer=tokenizer,
             vq=vq,
@@ -260,30 +341,142 @@ def convert(
 
 @app.command()
 def tokenize(
-    folder: Annotated[Path, typer.Argument(help="Folder of SPLIT-*.parquet files with columns id and image.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="Folder of the images; for --images datasets also a Hub id.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file of the tokens.", show_default=False)],
+    images: Annotated[
+        str, typer.Option(help="parquet (SPLIT-*.parquet with columns id and image), folder (image files), or datasets (Hugging Face).")
+    ] = "parquet",
     split: Annotated[str, typer.Option(help="Which of the folder's splits.")] = "train",
+    column: Annotated[str, typer.Option(help="Image column, for --images datasets.")] = "image",
     vq_file: Annotated[
         Path | None, typer.Option("--vq", help="A vq.safetensors by itself, of the sizes of --preset.", show_default=False)
     ] = None,
     preset: Annotated[str, typer.Option(help="Sizes of the VQ tokenizer in --vq.")] = "nano",
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    shard_size: ShardSize = 4096,
+    max_broken: MaxBroken = 0,
+    on_ray: OnRay = False,
+    num_workers: NumWorkers = 1,
+    gpus_per_worker: GpusPerWorker = 0,
     model: Model = "nano",
     device: Device = "auto",
 ) -> None:
     """Turn the images of a data set into image tokens.
 
-    Training to paint reads them. They belong to the VQ tokenizer that made them: that of --model, or the one in the file --vq.
+    Training to paint reads them. They belong to the VQ tokenizer that made them: that of --model, or the one in the file --vq. A call
+    that was interrupted goes on when it is made again.
     """
     check_output(out)
     with progress_bar(f"loading {model}") as show:
-        from omnimamba.data.prepare import tokenize_images
+        import functools
 
-        vq = load_vq(vq_file, preset, device) if vq_file else load(model, device, "float32").vq
+        from omnimamba import bulk
+        from omnimamba.data.prepare import ImageSet, tokenize_images
+
         num_images = tokenize_images(
-            folder, split, out, vq=vq, batch=batch, on_progress=lambda done, total: show("tokenizing", done / total)
+            ImageSet(folder, images, split, column),
+            out,
+            make_vq=functools.partial(bulk.load_vq, model, vq_file, preset, device),
+            batch=batch,
+            max_broken=max_broken,
+            shard_size=shard_size,
+            run=bulk.runner(on_ray, num_workers, gpus_per_worker),
+            on_progress=lambda done, total: show("tokenizing", done / total),
         )
     print(out, f"{num_images} images", sep="\n")
+
+
+@bulk_work.callback(invoke_without_command=True)
+def batch(context: typer.Context) -> None:
+    """Describe or paint many, from JSON lines to JSON lines.
+
+    A call that was interrupted goes on when it is made again.
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@bulk_work.command("describe")
+def batch_describe(
+    jobs: Annotated[Path, typer.Argument(help='JSON lines {"image": file, "question": text}; other keys are kept.', show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The lines with their answers.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images. Default: that of the JSON lines.", show_default=False)] = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Of lines without one. Default: what it shows.")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    past_last_position: PastLastPosition = "error",
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    shard_size: ShardSize = 256,
+    max_broken: MaxBroken = 0,
+    on_ray: OnRay = False,
+    num_workers: NumWorkers = 1,
+    gpus_per_worker: GpusPerWorker = 0,
+    model: Model = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer a question about each of many images."""
+    check_output(out)
+    with progress_bar(f"loading {model}") as show:
+        from omnimamba import bulk
+
+        num, num_broken = bulk.describe(
+            jobs,
+            out,
+            bulk.ModelSource(model, device, dtype),
+            images=images or jobs.parent,
+            question=question,
+            max_new_tokens=max_new_tokens,
+            past_last_position=past_last_position,
+            batch=batch,
+            shard_size=shard_size,
+            max_broken=max_broken,
+            run=bulk.runner(on_ray, num_workers, gpus_per_worker),
+            on_progress=lambda done, total: show("describing", done / total),
+        )
+    print(out, f"{num} lines" + (f", {num_broken} of them with an error instead of an answer" if num_broken else ""), sep="\n")
+
+
+@bulk_work.command("generate")
+def batch_generate(
+    jobs: Annotated[Path, typer.Argument(help='JSON lines {"prompt": text, "seed": number}; other keys are kept.', show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The lines with their files.", show_default=False)],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder for the PNG files. Default: OUT without its suffix.", show_default=False)
+    ] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Of each prompt.")] = 1,
+    guidance_scale: GuidanceScale = None,
+    temperature: PaintTemperature = None,
+    top_k: PaintTopK = None,
+    top_p: PaintTopP = None,
+    seed: Annotated[int, typer.Option(help="Line i without a seed of its own is painted with this plus i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    shard_size: ShardSize = 256,
+    on_ray: OnRay = False,
+    num_workers: NumWorkers = 1,
+    gpus_per_worker: GpusPerWorker = 0,
+    model: Model = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Paint images of each of many prompts."""
+    check_output(out)
+    with progress_bar(f"loading {model}") as show:
+        from omnimamba import bulk
+
+        num = bulk.generate(
+            jobs,
+            out,
+            bulk.ModelSource(model, device, dtype),
+            images=images or out.with_suffix(""),
+            num_images=num_images,
+            sampling={"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+            seed=seed,
+            batch=batch,
+            shard_size=shard_size,
+            run=bulk.runner(on_ray, num_workers, gpus_per_worker),
+            on_progress=lambda done, total: show("painting", done / total),
+        )
+    print(out, f"{num} lines", sep="\n")
 
 
 @app.command()
@@ -292,14 +485,16 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. train.lr=2e-4", show_default=False)] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a model by a recipe.
+    """Train a model by a recipe; under torchrun on several devices.
 
     Prints the folder of the finished model. A run that was interrupted goes on when it is started again.
     """
     from omnimamba.train.run import train as run_recipe
 
     logging.getLogger("omnimamba").setLevel(logging.INFO)
-    print(run_recipe(recipe, overrides or [], device=device, show_progress=is_terminal()))
+    folder = run_recipe(recipe, overrides or [], device=device, show_progress=is_terminal())
+    if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
+        print(folder)
 
 
 @benchmarks.command()
@@ -308,14 +503,21 @@ def emoji(
     split: Annotated[str, typer.Option(help="Which of its splits.")] = "val",
     limit: Annotated[int | None, typer.Option(help="Ask about the split's first drawings only.", show_default=False)] = None,
     num_prompts: Annotated[int, typer.Option(help="Captions to paint; 0 paints none.")] = 200,
-    guidance_scale: Annotated[float | None, typer.Option(help="Of the paintings. Default: the model's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the paintings and of the intervals.")] = 0,
+    guidance_scale: GuidanceScale = None,
+    temperature: PaintTemperature = None,
+    top_k: PaintTopK = None,
+    top_p: PaintTopP = None,
+    seed: PaintSeed = 0,
     judge: Annotated[Path | None, typer.Option(help="Folder of the judge of the paintings. Default: the model's own.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the paintings, all answers and a picture.", show_default=False)] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a report with pictures, the paintings and all answers.", show_default=False)
+    ] = None,
+    json_file: JsonFile = None,
     model: Model = "nano",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    num_slots: NumSlots = 16,
 ) -> None:
     """Names, groups, styles, yes/no questions and paintings of emoji."""
     for file in (json_file, out and out / "grid.png"):
@@ -325,26 +527,238 @@ def emoji(
         from omnimamba.eval.emoji import evaluate
 
         report = evaluate(
-            load(model, device, dtype),
+            load(model, device, dtype, quantize, num_slots=num_slots),
             data,
             split=split,
             limit=limit,
             num_prompts=num_prompts,
             guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seed=seed,
             out=out,
             judge=judge,
-            progress=lambda stage, done, total: show(stage, done / max(total, 1)),
+            progress=fraction_of(show),
         )
     if json_file:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     print_table(report.table())
 
 
-def load(model: str, device: str, dtype: str) -> OmniMamba:
+@benchmarks.command()
+def coco(
+    data: Annotated[Path, typer.Option(help="Folder with annotations/captions_val2014.json and val2014/.", show_default=False)],
+    num_captions: Annotated[int, typer.Option(help="Captions to paint, of different images.")] = 30_000,
+    guidance_scale: GuidanceScale = None,
+    temperature: PaintTemperature = None,
+    top_k: PaintTopK = None,
+    top_p: PaintTopP = None,
+    seed: PaintSeed = 0,
+    shard: PaintShard = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Weights of FID's network, of torch-fidelity. Default: its own download.", show_default=False)
+    ] = None,
+    resize: Annotated[str, typer.Option(help="How images become 299 pixels: tensorflow, or clean (clean-fid).")] = "tensorflow",
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help=".npz of the reference images' statistics, made of val2014 if it is not there. Default: in --out.", show_default=False
+        ),
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP model for the CLIP score: a folder or Hub id.", show_default=False)] = None,
+    out: PaintOut = None,
+    json_file: JsonFile = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    num_slots: NumSlots = 16,
+) -> None:
+    """MS-COCO: FID-30K of images painted from captions, and their CLIP score."""
+    out = out or Path("runs", "eval", "coco")
+    check_results(out, json_file)
+    with progress_bar(f"loading {model}") as show:
+        from omnimamba.eval.ask import Shard
+        from omnimamba.eval.coco import evaluate
+
+        part = Shard.parse(shard) if shard else None
+        report = evaluate(
+            load(model, device, dtype, quantize, num_slots=num_slots),
+            data,
+            out,
+            num_captions=num_captions,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            shard=part,
+            inception=inception,
+            resize=resize,
+            reference=reference,
+            clip=clip,
+            progress=fraction_of(show),
+        )
+    if report is None:
+        print(out, f"shard {part} is painted; when all are, call the same without --shard", sep="\n")
+    else:
+        print_report(report, json_file)
+
+
+@benchmarks.command()
+def geneval(
+    data: Annotated[Path | None, typer.Option(help="Folder with evaluation_metadata.jsonl.", show_default=False)] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Paint nothing: score this results.jsonl of GenEval's own detector.", show_default=False)
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 4,
+    limit: Annotated[int | None, typer.Option(help="The first prompts only.", show_default=False)] = None,
+    guidance_scale: GuidanceScale = None,
+    temperature: PaintTemperature = None,
+    top_k: PaintTopK = None,
+    top_p: PaintTopP = None,
+    seed: PaintSeed = 0,
+    shard: PaintShard = None,
+    out: PaintOut = None,
+    json_file: JsonFile = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    num_slots: NumSlots = 16,
+) -> None:
+    """GenEval: paint its prompts in its folder layout; score the results of its detector."""
+    if (data is None) == (results is None):
+        raise ValueError("pass either --data to paint, or --results to score")
+    if results:
+        from omnimamba.eval.geneval import score
+
+        if json_file:
+            check_output(json_file)
+        print_report(score(results, seed=seed), json_file)
+        return
+    assert data is not None
+    out = out or Path("runs", "eval", "geneval")
+    check_results(out, json_file)
+    with progress_bar(f"loading {model}") as show:
+        from omnimamba.eval.ask import Shard
+        from omnimamba.eval.geneval import paint
+
+        folder = paint(
+            load(model, device, dtype, quantize, num_slots=num_slots),
+            data,
+            out,
+            num_images=num_images,
+            limit=limit,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            shard=Shard.parse(shard) if shard else None,
+            progress=fraction_of(show),
+        )
+    print(folder)
+
+
+def ask_benchmark(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option(help="Folder of the benchmark's published files.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Default: the first one named above.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="The first questions only.", show_default=False)] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: ask part I of N only; `omnimamba eval merge` scores all parts.", show_default=False)
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    seed: BootstrapSeed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for all answers; a second call goes on from them. Default: runs/eval/NAME.", show_default=False),
+    ] = None,
+    json_file: JsonFile = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    num_slots: NumSlots = 16,
+) -> None:
+    name = str(context.info_name)
+    out = out or Path("runs", "eval", name)
+    check_results(out, json_file)
+    with progress_bar(f"reading {name}") as show:
+        from omnimamba.eval.ask import Shard
+        from omnimamba.eval.understanding import BENCHMARKS, evaluate
+
+        part = Shard.parse(shard) if shard else None
+        BENCHMARKS[name].questions(data, split, limit)  # what is wrong with the folder is said before a model is loaded
+        show(f"loading {model}")
+        report = evaluate(
+            load(model, device, dtype, quantize, num_slots=num_slots),
+            name,
+            data,
+            out,
+            split=split,
+            limit=limit,
+            shard=part,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=fraction_of(show),
+        )
+    if report is None:
+        print(out, f"shard {part} is asked; when all are: omnimamba eval merge {out} --data {data}", sep="\n")
+    else:
+        print_report(report, json_file)
+
+
+for benchmark_name, help_text in QUESTION_BENCHMARKS.items():
+    benchmarks.command(benchmark_name, help=help_text)(ask_benchmark)
+
+
+@benchmarks.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="The --out folders of the shards; one if they share it.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Folder that the questions came from.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report. Default: the first of FOLDERS.", show_default=False)] = None,
+    seed: BootstrapSeed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Score the answers of all shards of a benchmark."""
+    out = out or folders[0]
+    check_results(out, json_file)
+    with progress_bar("scoring"):
+        from omnimamba.eval.understanding import merge as merge_shards
+
+        report = merge_shards(data, folders, out, seed=seed)
+    print_report(report, json_file)
+
+
+def check_results(out: Path, json_file: Path | None) -> None:
+    """Makes the folders of results. ValueError if they cannot be written."""
+    for file in (json_file, out / "report.json"):
+        if file:
+            check_output(file)
+
+
+def fraction_of(show: Callable[..., None]) -> Callable[[str, int, int], None]:
+    """What an evaluation reports its progress to."""
+    return lambda stage, done, total: show(stage, done / max(total, 1))
+
+
+def print_report(report: Report, json_file: Path | None) -> None:
+    """The table and the protocol of figures, which also go to `json_file` with every answer."""
+    if json_file:
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    print_table(report.table())
+    print()
+    for key, value in report.protocol.items():
+        print(f"{key}: {value}")
+
+
+def load(model: str, device: str, dtype: str, quantize: str | None = None, *, num_slots: int = 16) -> OmniMamba:
     from omnimamba.engine.omnimamba import OmniMamba
 
-    return OmniMamba.from_pretrained(model, device=device, dtype=dtype)
+    return OmniMamba.from_pretrained(model, device=device, dtype=dtype, quantize=quantize, num_slots=num_slots)
 
 
 def sampling_of(
@@ -361,16 +775,6 @@ def sampling_of(
     }
 
 
-def load_vq(file: Path, preset_name: str, device: str) -> VQModel:
-    """The VQ tokenizer of a preset with the weights of a file."""
-    from omnimamba.config import preset
-    from omnimamba.engine.omnimamba import resolve_device
-    from omnimamba.model.vq import VQModel
-    from omnimamba.train.omnimamba import load_frozen
-
-    return load_frozen(VQModel(preset(preset_name).vq), str(file), resolve_device(device))
-
-
 # ---- figures of a model
 
 
@@ -378,7 +782,11 @@ def model_figures(omni: OmniMamba) -> dict[str, Any]:
     """What `info` shows of a loaded model."""
     bundle = omni.bundle
     figures = figures_of(omni.config, bundle.model, bundle.vision, bundle.vq)
-    return figures | {"device": str(omni.device), "dtype": str(bundle.model.dtype).removeprefix("torch.")}
+    return figures | {
+        "device": str(omni.device),
+        "dtype": str(bundle.model.dtype).removeprefix("torch."),
+        "quantization": omni.config.quantization or "none",
+    }
 
 
 def shape_figures(name: str) -> dict[str, Any]:
@@ -397,20 +805,22 @@ def figures_of(config: Any, model: Any, vision: Any, vq: Any) -> dict[str, Any]:
     import torch
 
     import omnimamba
+    from omnimamba.model import quantize
     from omnimamba.model.state import MambaState
 
     parameters: dict[str, int] = {}
+    weight_bytes = 0
     parts = {"model": model, "vision": vision, "vq": vq}
     for part, module in parts.items():
-        for name, parameter in module.named_parameters() if module is not None else ():
+        for name, num, num_bytes in quantize.parameters(module) if module is not None else ():
             key = "task_lora" if ".lora_" in name else name.split(".")[0] if part == "model" else part
-            parameters[key] = parameters.get(key, 0) + parameter.numel()
-    weights = [p for module in parts.values() if module is not None for p in module.parameters()]
+            parameters[key] = parameters.get(key, 0) + num
+            weight_bytes += num_bytes
     return {
         "name": config.name,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "bytes": {
-            "weights": sum(p.nbytes for p in weights),
+            "weights": weight_bytes,
             "state_per_sequence": MambaState.zeros(config.backbone, 1, device="meta").bytes_per_slot,
         },
         "positions": {"t2i": config.t2i_positions, "mmu": config.mmu_positions},
@@ -497,14 +907,17 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
         yield lambda what, fraction=None: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar = progress.add_task(what, total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[left]}"))
+    progress = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_SECONDS)
+    bar = progress.add_task(what, total=None, left="")
 
     def show(what: str, fraction: float | None = None) -> None:
-        progress.update(bar, description=what, total=None if fraction is None else 1, completed=fraction or 0)
+        if what != progress.tasks[bar].description:
+            progress.reset(bar)  # elapsed time and time left are those of what is done now
+        is_known = fraction is not None
+        progress.update(bar, description=what, total=1 if is_known else None, completed=fraction or 0, left="left" if is_known else "")
 
     timer = threading.Timer(BAR_AFTER_SECONDS, progress.start)
     timer.daemon = True
@@ -521,10 +934,12 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line (default: sys.argv) and returns its exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Runs a command line (default: sys.argv) and returns its exit code: 0, 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     is_debug = os.environ.get("OMNIMAMBA_DEBUG", "0") not in ("", "0")
-    # OpenMP threads that spin while they wait make a decode step 10 times slower where other programs use the cores too
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP threads that spin for long make a decode step 10 times slower where other programs use the cores too; threads that
+    # never spin make it twice as slow where none do
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights in huge pages: reading them is the time of decoding on a CPU
     logging.basicConfig(level=logging.WARNING, format="omnimamba: %(message)s")
     command = typer.main.get_command(app)
     try:
@@ -540,6 +955,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")
         return INTERRUPTED
+    except Interrupted as stop:
+        print_error(stop)
+        return stop.exit_code
     except (ValueError, OSError, ModuleNotFoundError, UsageError) as error:
         if is_debug:
             raise
@@ -554,7 +972,7 @@ def explanation(error: Exception) -> str:
         path = context.command_path if context else "omnimamba"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"  # type: ignore[attr-defined]
     if isinstance(error, ModuleNotFoundError):
-        return f"this command needs the package {error.name}; `pip install 'omnimamba[train,eval]'` installs it"
+        return f"this command needs the package {error.name}; `pip install 'omnimamba[train,eval,serve]'` installs it"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

@@ -51,10 +51,25 @@ class PromptStyle(enum.StrEnum):
     """`USER: {question} ASSISTANT:`, the text that the authors' inference script uses."""
 
 
+class Quantization(enum.StrEnum):
+    """Weights of fewer than 16 bits that a model computes with; see ops/quant.py."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
+
+
 def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:  # also true of NaN
             raise ValueError(f"{name}={value} is not positive")
+
+
+def quantization(name: str) -> Quantization:
+    """The scheme of a name. ValueError with the nearest name if there is none."""
+    if name not in list(Quantization):
+        raise ValueError(f"unknown quantization {name!r}; {nearest_name(str(name), Quantization)}")
+    return Quantization(name)
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
@@ -109,17 +124,20 @@ class LoraConfig:
     """Task LoRA on in_proj (paper section 3.3; sizes from the authors' code)."""
 
     rank: int = 8
+    """0: no task LoRA, the ablation of the paper's table 4."""
     alpha: float = 32.0
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        require_positive(rank=self.rank, alpha=self.alpha)
+        require_positive(alpha=self.alpha)
+        if self.rank < 0:
+            raise ValueError(f"lora rank={self.rank} is negative; pass 0 for none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora dropout={self.dropout} is outside [0, 1)")
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +221,18 @@ class OmniMambaConfig:
     max_caption_tokens: int = 68
     mmu_positions: int = 1500
     prompt_style: PromptStyle = PromptStyle.USER_ASSISTANT
+    quantization: Quantization | None = None
+    """Of in_proj, out_proj and the embeddings; None: all weights are floating-point numbers."""
+    unified_vocabulary: bool = False
+    """One vocabulary of text tokens and image tokens, the ablation of the paper's table 4: a loss is over both, and an image token is
+    embedded by its row alone, as a text token is. Sampling takes the tokens of its task."""
 
     def __post_init__(self) -> None:
         if self.prompt_style not in list(PromptStyle):
             raise ValueError(f"unknown prompt_style {self.prompt_style!r}; {nearest_name(str(self.prompt_style), PromptStyle)}")
         object.__setattr__(self, "prompt_style", PromptStyle(self.prompt_style))
+        if self.quantization is not None:
+            object.__setattr__(self, "quantization", quantization(self.quantization))
         require_positive(max_caption_tokens=self.max_caption_tokens, mmu_positions=self.mmu_positions)
         if self.text_vocab_size < self.base_vocab_size + len(SPECIAL_TOKENS):
             raise ValueError(
@@ -250,6 +275,8 @@ class OmniMambaConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `from_dict` reads back to an equal config."""
         values = dataclasses.asdict(self)
+        if self.quantization is None:
+            del values["quantization"]  # a saved state stays bound to the fingerprint that its model has had
         for tower in values["towers"].values():
             tower["timm_kwargs"] = dict(tower["timm_kwargs"])
         return values

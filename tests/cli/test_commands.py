@@ -18,7 +18,26 @@ from PIL import Image
 import omnimamba
 from omnimamba import cli as module
 
-COMMANDS = ("generate", "describe", "chat", "info", "convert", "tokenize", "train", "eval", "eval emoji")
+COMMANDS = (
+    "generate",
+    "describe",
+    "chat",
+    "serve",
+    "info",
+    "convert",
+    "tokenize",
+    "train",
+    "eval",
+    "eval emoji",
+    "eval pope",
+    "eval vqav2",
+    "eval merge",
+    "eval coco",
+    "eval geneval",
+    "batch",
+    "batch describe",
+    "batch generate",
+)
 
 
 def run(*args: object, **options) -> subprocess.CompletedProcess[str]:
