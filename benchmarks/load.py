@@ -50,7 +50,6 @@ CAPTIONS = ("red apple", "yellow star", "green frog", "smiling face with sunglas
 MAX_TOKENS = 24
 MAX_GROWTH = 64 * MIB
 """Of the server's memory over the load, prefix snapshots apart: what an allocator may keep."""
-MAX_WAITING = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ def serve(arguments: argparse.Namespace) -> int:
     from omnimamba.server.run import Server
 
     with tempfile.TemporaryDirectory() as folder:
-        config = ServerConfig(max_waiting=MAX_WAITING)
+        config = ServerConfig(max_waiting=arguments.max_waiting)
         return Server(load_model(arguments, Path(folder)), config, "load", with_page=False).run_on(listen("127.0.0.1", 0))
 
 
@@ -259,10 +258,11 @@ async def settled(client: httpx.AsyncClient) -> None:
     raise AssertionError(f"slots stay taken: {figures}")
 
 
-async def overfull_queue(client: httpx.AsyncClient, num_slots: int) -> dict[str, Any]:
-    num = 2 * (MAX_WAITING + num_slots)
-    body = {"model": "load", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": MAX_TOKENS}
-    responses = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(num)))
+async def overfull_queue(client: httpx.AsyncClient, num_allowed: int) -> dict[str, Any]:
+    """Twice as many images at once as the server has slots and places in its queue."""
+    num = 2 * num_allowed
+    body = {"model": "load", "prompt": CAPTIONS[0], "guidance_scale": 1.0}
+    responses = await asyncio.gather(*(client.post("/v1/images/generations", json=body) for _ in range(num)))
     refused = [response for response in responses if response.status_code == 429]
     await settled(client)
     is_clear = all(int(response.headers["retry-after"]) >= 1 and response.json()["error"]["code"] == "queue_full" for response in refused)
@@ -344,7 +344,7 @@ async def run(arguments: argparse.Namespace, omni: OmniMamba, process: subproces
         report = {}
         for name, part in (
             ("load", lambda: under_load(client, process, omni, mixed_calls(arguments.requests, arguments.hang_up, seed=0))),
-            ("queue", lambda: overfull_queue(client, arguments.concurrency)),
+            ("queue", lambda: overfull_queue(client, arguments.max_waiting + arguments.concurrency)),
             ("throughput", lambda: throughput(client, process, omni, arguments.concurrency, arguments.repeats)),
             ("first token seconds", lambda: first_token(client)),
         ):
@@ -371,6 +371,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--hang-up", type=float, default=0.3, metavar="SHARE")
     parser.add_argument("--concurrency", type=int, default=32, help="requests of the throughput part, and slots")
+    parser.add_argument("--max-waiting", type=int, default=256, help="places in the server's queue")
     parser.add_argument("--repeats", type=int, default=3, help="of the throughput part")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

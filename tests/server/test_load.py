@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/load.py"
 @pytest.mark.slow
 def test_the_checks_of_the_load_benchmark(tmp_path):
     out = tmp_path / "load.json"
-    command = [sys.executable, SCRIPT, "--preset", "tiny", "--requests", "24", "--concurrency", "4", "--repeats", "1", "--json", out]
+    sizes = ["--requests", "24", "--concurrency", "4", "--max-waiting", "40", "--repeats", "1"]
+    command = [sys.executable, SCRIPT, "--preset", "tiny", *sizes, "--json", out]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(out.read_text())
