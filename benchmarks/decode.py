@@ -15,7 +15,6 @@ import dataclasses
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _git import commit
 from torch import Tensor
 
 from omnimamba.config import PRESETS, OmniMambaConfig, Task, preset
@@ -484,14 +484,6 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
             else:
                 ms = milliseconds(all_layers, 1, device)
             yield f"{name} x{b}", ms / len(decoder.layers) * 1e3, num_bytes * len(decoder.layers) / ms / 1e9
-
-
-def commit() -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
 
 
 def main() -> int:

@@ -26,7 +26,6 @@ import os
 import platform
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from _git import commit
 from PIL import Image, ImageDraw
 
 from omnimamba.config import EOS_TOKEN, Task, preset
@@ -351,14 +351,6 @@ async def run(arguments: argparse.Namespace, omni: OmniMamba, process: subproces
             report[name] = await part()
             print(f"{name}: {report[name]}", flush=True)
         return report
-
-
-def commit() -> str | None:
-    """Of the tree that is measured; None outside a repository."""
-    if shutil.which("git") is None:
-        return None
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or None
 
 
 def main() -> int:

@@ -10,15 +10,14 @@ set beside the read bandwidth measured in the same run. The last line on stdout 
 import argparse
 import importlib.util
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from _git import commit
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # rms(error) / rms(expected)
@@ -155,13 +154,6 @@ def line(figures: dict[str, float] | str) -> str:
         f"{name} {figures[f'{name} ms']:8.3f} ms {figures[f'{name} GB/s']:7.0f} GB/s {figures[f'{name} share']:4.0%}"
         for name in ("forward", "forward+backward")
     )
-
-
-def commit() -> str | None:
-    if shutil.which("git") is None:
-        return None
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def main() -> int:

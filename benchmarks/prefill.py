@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _git import commit
 from torch import Tensor
 
 from omnimamba.config import PRESETS, OmniMambaConfig, Task, preset
@@ -118,14 +118,6 @@ def timed(runner: Runner, case: Case, repeats: int, device: str) -> dict[str, fl
     num_tokens = case.rows * case.length
     flop = 2 * num_tokens * backbone.n_layer * backbone.d_model * (backbone.d_in_proj + backbone.d_inner)
     return figures | {"tokens/s": num_tokens / figures["ms"] * 1e3, "TFLOP/s": flop / figures["ms"] / 1e9}
-
-
-def commit() -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
 
 
 def main() -> int:
