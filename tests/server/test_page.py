@@ -99,11 +99,11 @@ def test_uploading_and_asking(page, served, omni, tmp_path):
     page.click("button[role=tab]:has-text('Ask')")
     page.set_input_files("#image input[type=file]", str(path))
     page.wait_for_selector("#image img")
-    for question in ("What is this?", "Why?"):
+    for question in ("What is this?", "Why?"):  # the second while the first is being answered: it stays, and its click waits
         page.fill("#question textarea, #question input", question)
         page.click("#ask-button")
         page.wait_for_selector(f"#chat >> text={question}")
-        served.settle()
+    served.settle()
     answer = omni.describe(drawing(), "What is this?", max_new_tokens=60)
     word = max(re.findall("[A-Za-z0-9]+", answer), key=len)  # a page cannot show all that a model of random weights says
     page.wait_for_function("word => document.querySelector('#chat').innerText.includes(word)", arg=word)

@@ -126,10 +126,10 @@ def page(service: Service, model_id: str) -> gr.Blocks:
                 [paint_button.click, prompt.submit],
                 functools.partial(paint, service),
                 [prompt, guidance_scale, temperature, seed, kept],
-                [canvas, painted, gallery, kept],
+                [canvas, painted, gallery, kept, paint_button],
                 trigger_mode="once",
                 **hidden,
-            )
+            ).then(lambda: gr.Button(interactive=True), outputs=paint_button, queue=False, **hidden)
         with gr.Tab("Ask", id="ask"):
             with gr.Row():
                 with gr.Column():
@@ -156,10 +156,10 @@ def page(service: Service, model_id: str) -> gr.Blocks:
                 [ask_button.click, question.submit],
                 functools.partial(ask, service),
                 [question, image, turns],
-                [question, chat, turns],
+                [question, chat, turns, ask_button],
                 trigger_mode="once",
                 **hidden,
-            )
+            ).then(lambda: gr.Button(interactive=True), outputs=ask_button, queue=False, **hidden)
             gr.on([clear.click, chat.clear, image.change], lambda: ([], []), None, [chat, turns], **hidden)
     blocks.queue(default_concurrency_limit=None, max_size=service.config.max_waiting)
     return blocks
@@ -175,10 +175,15 @@ def status_line(service: Service, model_id: str) -> str:
     return " · ".join([*parts, f"{service.thread.tokens_per_second():.0f} tokens/s"])
 
 
-async def ask(service: Service, question: str, image: str | None, turns: Turns) -> AsyncGenerator[tuple[str, list[dict], Turns], None]:
-    """(the emptied question, the conversation to show, its turns) as the answer grows. `image` is a file that Gradio keeps."""
+async def ask(
+    service: Service, question: str, image: str | None, turns: Turns
+) -> AsyncGenerator[tuple[Any, list[dict], Turns, gr.Button], None]:
+    """(the question, the conversation to show, its turns, the button) as the answer grows. `image` is a file that Gradio keeps.
+
+    The question is emptied once: what is typed while the answer comes stays. A click in that time would be lost, so the button is off.
+    """
     turns = [*turns, ("user", question)]
-    answer = ""
+    answer, emptied = "", ""
     with shown():
         picture = None if image is None else await service.picture(await asyncio.to_thread(Path(image).read_bytes))
         sampling = SamplingParams(temperature=0, max_new_tokens=MAX_ANSWER)
@@ -187,14 +192,15 @@ async def ask(service: Service, question: str, image: str | None, turns: Turns) 
             async for piece in pieces:
                 answer += piece.text
                 so_far = [*turns, ("assistant", answer)]
-                yield "", [{"role": role, "content": text} for role, text in so_far], so_far
+                yield emptied, [{"role": role, "content": text} for role, text in so_far], so_far, gr.Button(interactive=False)
+                emptied = gr.skip()
 
 
 async def paint(
     service: Service, prompt: str, guidance_scale: float, temperature: float, seed: str, kept: list[tuple[Image.Image, str]]
-) -> AsyncGenerator[tuple[Any, str, Any, Any], None]:
-    """(the image so far, what is said of it, gallery, its images) as it is painted row by row."""
-    grid_size, began = service.omni.vq.config.grid_size, time.monotonic()
+) -> AsyncGenerator[tuple[Any, str, Any, Any, gr.Button], None]:
+    """(the image so far, what is said of it, gallery, its images, the button that is off) as it is painted row by row."""
+    grid_size, began, off = service.omni.vq.config.grid_size, time.monotonic(), gr.Button(interactive=False)
     with shown():
         with bad_request():
             if seed.strip() and not seed.strip().isdecimal():
@@ -207,9 +213,9 @@ async def paint(
                 said = f"seed {request.seed} · row {painting.num_rows} of {grid_size} · {time.monotonic() - began:.1f} s"
                 if painting.is_complete:
                     kept = [(painting.image, f"{prompt} · seed {request.seed}"), *kept][:24]
-                    yield painting.image, said, kept, kept
+                    yield painting.image, said, kept, kept, off
                 else:
-                    yield painting.image, said, gr.skip(), gr.skip()
+                    yield painting.image, said, gr.skip(), gr.skip(), off
 
 
 @contextlib.contextmanager
