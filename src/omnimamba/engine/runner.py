@@ -1,7 +1,8 @@
 """The model's side of inference: prompts to embeddings, prefill and decode on a pool of state slots.
 
 The image embedding and its MLP depend on the id alone, so they are folded into one lookup table here. A GPU has fused kernels for decoding
-(`decoder.py`) and CUDA graphs for prefill (`prefill.py`); elsewhere, and for models without kernels, both are plain PyTorch.
+(`decoder.py`) and CUDA graphs for prefill (`prefill.py`), a CPU a compiled decode step (`cpu_decoder.py`); elsewhere, and for models
+without kernels, both are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from omnimamba.ops.plain_path import announce_plain_path, missing_for_kernels
 from omnimamba.ops.quant import QuantizedWeight
 
 if TYPE_CHECKING:
+    from omnimamba.engine.cpu_decoder import CPUDecoder
     from omnimamba.engine.decoder import FusedDecoder
 
 
@@ -60,6 +62,23 @@ def missing_for_decoding(model: OmniMambaModel) -> str | None:
     return None
 
 
+def missing_for_cpu_decoding(model: OmniMambaModel, ssm_dtype: torch.dtype) -> str | None:
+    """Why the compiled step cannot decode this model on a CPU; None if it can."""
+    backbone = model.config.backbone
+    reason = missing_for_kernels("numba")
+    if reason is not None:
+        return reason
+    sizes = {"d_model": backbone.d_model, "d_inner / ngroups": backbone.d_inner // backbone.ngroups}
+    sizes |= {"headdim": backbone.headdim, "d_state": backbone.d_state}
+    for name, size in sizes.items():
+        if size % 16:
+            return f"decoding has no kernel for {name}={size}, which is no multiple of 16"
+    for dtype in (model.dtype, ssm_dtype):
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"decoding has no kernel for {str(dtype).removeprefix('torch.')}; float32 and bfloat16 have"
+    return None
+
+
 class Runner:
     """Owns the state pool; the weights of `model` must not change while it lives.
 
@@ -82,6 +101,8 @@ class Runner:
         self._image_table: Tensor | None = None
         self.decoder: FusedDecoder | None = None
         """Draws blocks of tokens; None where `decode` reads one token at a time."""
+        self.cpu_decoder: CPUDecoder | None = None
+        """Computes the steps of `decode`; None where plain PyTorch does."""
         self.prefill_graphs: PrefillGraphs | None = None
         if model.device.type == "cuda":
             self.prefill_graphs = PrefillGraphs(model, self.state)
@@ -91,7 +112,15 @@ class Runner:
 
                 self.decoder = FusedDecoder(model, self.state, self.image_table, stop_ids=stop_ids, suppressed_ids=suppressed_ids)
             else:
-                announce_plain_path(model.device, reason)
+                announce_plain_path(model.device, reason, "decoding runs")
+        elif model.device.type == "cpu":
+            reason = missing_for_cpu_decoding(model, ssm_dtype)
+            if reason is None:
+                from omnimamba.engine.cpu_decoder import CPUDecoder  # Numba takes a moment to load
+
+                self.cpu_decoder = CPUDecoder(model, self.state)
+            else:
+                announce_plain_path(model.device, reason, "decoding runs")
 
     @property
     def image_table(self) -> Tensor:
@@ -165,10 +194,13 @@ class Runner:
         model = self.model
         ids = torch.tensor(tokens, device=model.device)
         rows = {task: torch.tensor([i for i, t in enumerate(tasks) if t is task], device=model.device) for task in Task if task in tasks}
-        state = self.state.slots(slots)
+        position = self.state.position[torch.tensor(slots, device=model.device)]
         x = torch.empty(len(slots), model.config.backbone.d_model, device=model.device, dtype=model.dtype)
         for task, index in rows.items():
-            x[index] = self.embed_tokens(ids[index], task) + position_rows(model, state.position[index], task).to(x.dtype)
+            x[index] = self.embed_tokens(ids[index], task) + position_rows(model, position[index], task).to(x.dtype)
+        if self.cpu_decoder is not None:
+            return self.cpu_decoder.step(x, slots, tasks)
+        state = self.state.slots(slots)
         is_t2i = torch.tensor([task is Task.T2I for task in tasks], device=model.device)
         hidden = model.backbone.step(x, tasks[0] if len(rows) == 1 else is_t2i, state)
         self.state.store(slots, state)

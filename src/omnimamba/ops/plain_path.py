@@ -1,4 +1,4 @@
-"""Which way an operator runs, its Triton kernel or its plain PyTorch definition, and one announcement where the plain way surprises."""
+"""Which way an operator runs, its fused kernel or its plain PyTorch definition, and one announcement where the plain way surprises."""
 
 import functools
 import importlib.util
@@ -14,17 +14,17 @@ KERNELS_DEFAULT = "1"
 
 
 @functools.cache
-def missing_for_kernels() -> str | None:
-    """Why no kernels run in this process; None where they do.
+def missing_for_kernels(compiler: str = "triton") -> str | None:
+    """Why no kernels run in this process, those of Triton or those of Numba; None where they do.
 
     The environment variable OMNIMAMBA_KERNELS turns them on (1, the default) and off (0).
     """
     switch = os.environ.get("OMNIMAMBA_KERNELS", KERNELS_DEFAULT)
     if switch not in ("0", "1"):
-        raise ValueError(f"OMNIMAMBA_KERNELS={switch!r}: set it to 1 (Triton kernels) or 0 (plain PyTorch)")
+        raise ValueError(f"OMNIMAMBA_KERNELS={switch!r}: set it to 1 (fused kernels) or 0 (plain PyTorch)")
     if switch == "0":
         return "OMNIMAMBA_KERNELS=0 turns the fused kernels off; 1 turns them on"
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    return None if importlib.util.find_spec(compiler) else f"{compiler.capitalize()} is not installed"
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -38,11 +38,11 @@ def runs_kernel(x: Tensor) -> bool:
 
 
 @functools.cache
-def _announce(reason: str) -> None:
-    logger.warning("sequence operators run as plain PyTorch on CUDA (%s): correct, but slower than fused kernels", reason)
+def _announce(device_type: str, reason: str, what: str) -> None:
+    logger.warning("%s as plain PyTorch on %s (%s): correct, but slower than fused kernels", what, device_type.upper(), reason)
 
 
-def announce_plain_path(device: torch.device, reason: str) -> None:
-    """Logs once per process and reason that the plain path runs on a GPU; says nothing on CPU and MPS, where it is the product path."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        _announce(reason)
+def announce_plain_path(device: torch.device, reason: str, what: str = "sequence operators run") -> None:
+    """Logs once per process and reason that the plain path runs where fused kernels could."""
+    if not torch.compiler.is_compiling():
+        _announce(device.type, reason, what)
