@@ -11,33 +11,27 @@ kernel by itself. The last line on stdout is JSON.
 """
 
 import argparse
-import dataclasses
-import importlib.util
-import json
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _git import commit
+from _decode_checks import differences, rows_of
+from _measure import milliseconds, read_bandwidth, synchronize
+from _model import image_request, random_model, step_bytes, text_request, timed_request
+from _report import add_json_option, begin, finish, lacks
 from torch import Tensor
 
 from omnimamba.config import PRESETS, OmniMambaConfig, Task, preset
 from omnimamba.engine.engine import Engine
 from omnimamba.engine.request import Request, SamplingParams
 from omnimamba.engine.runner import DecodeSample, Runner
-from omnimamba.engine.sampler import SamplingRows, guide, sample, stream_key
-from omnimamba.model.omnimamba import OmniMambaModel, cast
-from omnimamba.model.quantize import quantize_model
-from omnimamba.model.state import MambaState
-from omnimamba.ops.quant import QuantizedWeight
+from omnimamba.engine.sampler import stream_key
+from omnimamba.model.omnimamba import OmniMambaModel
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # rms(error) / rms(expected)
-CHECKED_LAYERS = 3
 STEPS = 16  # of a block
 PARTS_BATCHES = (1, 64)
 # what --sweep tries: (rows of a program, warps) of in_proj and out_proj, int8, one row; (channels, warps, registers) of the state update
@@ -46,26 +40,7 @@ OUT_TILES = ((4, 4), (8, 4), (8, 8), (16, 16))
 MIX_TILES = ((64, 4, None), (32, 2, 168), (32, 4, 96))
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A kind of model that is compared with the plain step, and the batches (see `wrong_results`) that it runs."""
-
-    dtype: torch.dtype
-    batches: tuple[str, ...]
-    scheme: str | None = None
-    ssm_dtype: torch.dtype = torch.float32
-
-
-CHECKS = (
-    Check(torch.float32, ("guided", "mixed")),
-    Check(torch.bfloat16, ("one image", "one text", "guided", "mixed", "filtered", "many")),
-    Check(torch.bfloat16, ("one image", "many"), ssm_dtype=torch.bfloat16),
-    Check(torch.bfloat16, ("one image", "guided", "mixed"), "int8"),
-    Check(torch.bfloat16, ("one text", "mixed"), "fp8"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
     """A batch that is timed."""
 
@@ -98,24 +73,6 @@ CASES = (
 )
 
 
-def random_model(config: OmniMambaConfig, dtype: torch.dtype, device: str, scheme: str | None = None) -> OmniMambaModel:
-    """A model made on the device, whose norms and LoRA are not those of initialisation, which hide mistakes."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = OmniMambaModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-            elif name.endswith(("norm.weight", "norm_f.weight")):
-                parameter.uniform_(0.5, 1.5)
-    cast(model, dtype)
-    model.eval().requires_grad_(False)
-    if scheme is not None:
-        quantize_model(model, scheme)
-    return model
-
-
 def samples_of(case: Case, first_slot: int = 0) -> list[Any]:
     per_sample = 1 + case.is_guided
     return [
@@ -132,175 +89,7 @@ def samples_of(case: Case, first_slot: int = 0) -> list[Any]:
     ]
 
 
-# ---- correctness
-
-
-def wrong_results(config: OmniMambaConfig, check: Check, device: str) -> Iterator[tuple[str, str]]:
-    """(path, what differs) between the fused step and the plain one in a model of few layers."""
-    from omnimamba.engine.decoder import DecodeOptions, FusedDecoder
-
-    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, n_layer=CHECKED_LAYERS))
-    model = random_model(config, check.dtype, device, check.scheme)
-    reference = random_model(config, check.dtype, device)
-    cast(reference, torch.float32)  # the same rounded weights
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            reference.get_parameter(name).copy_(module.dequantize())
-    drawn, greedy, guided = SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(guidance_scale=3.0)
-    filtered = SamplingParams(top_k=50, top_p=0.9)
-
-    def samples(*chosen: tuple[tuple[int, int], Task, SamplingParams]) -> list[DecodeSample]:
-        return [DecodeSample(slots, task, 5 + i, params, stream_key(1, i), i, 9) for i, (slots, task, params) in enumerate(chosen)]
-
-    batches = {
-        "one image": samples(((8, 8), Task.T2I, drawn)),
-        "one text": samples(((3, 3), Task.MMU, greedy)),
-        "guided": samples(((6, 2), Task.T2I, guided)),
-        "mixed": samples(((9, 4), Task.T2I, guided), ((7, 7), Task.MMU, drawn)),
-        "filtered": samples(((1, 1), Task.T2I, filtered), ((0, 0), Task.MMU, filtered), ((5, 5), Task.MMU, greedy)),
-        "many": samples(*(((slot, slot), Task.T2I if slot % 3 else Task.MMU, drawn) for slot in (10, 2, 7, 1, 0, 9, 5))),
-    }
-    for name in check.batches:
-        batch = batches[name]
-        runner, expected_runner = Runner(model, 11, ssm_dtype=check.ssm_dtype), Runner(reference, 11)
-        for state in (runner.state, expected_runner.state):
-            torch.manual_seed(2)
-            state.conv.copy_(torch.randn(state.conv.shape, device=device).to(check.dtype))
-            state.ssm.copy_(torch.randn(state.ssm.shape, device=device).to(check.ssm_dtype))
-            state.position.copy_(torch.arange(11) * 7 % 13)
-        decoder = FusedDecoder(model, runner.state, runner.image_table, options=DecodeOptions(max_steps=STEPS))
-        path = decoder.path(decoder.bucket(len(rows_of(batch))).b)
-        expected_runner.image_table.copy_(runner.image_table)
-        before = runner.state.clone()
-        decoder.logits(batch)  # makes the buffers
-        for buffer in decoder.buffers():
-            buffer.fill_(torch.nan)
-        restore(runner.state, before)
-        found = {task: logits.clone() for task, logits in decoder.logits(batch).items()}
-        where = f"{check.scheme or check.dtype}, {name}"
-        for wrong in compared(found, runner, expected_runner, batch, TOLERANCES[check.dtype]):
-            yield path, f"{where}: {wrong}"
-        restore(runner.state, before)
-        tokens = decoder.run(batch, 1)
-        for i, (task, expected) in enumerate(expected_tokens(found, batch)):
-            if tokens[i] != [expected]:
-                yield path, f"{where}: sample {i} ({task}) drew {tokens[i]}, the sampler {expected} from the same logits"
-
-
-def wrong_requests(config: OmniMambaConfig, device: str) -> Iterator[str]:
-    """What differs between the engine and the plain engine, in fp32 and few layers: tokens of a guided image and a text beside it."""
-    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, n_layer=CHECKED_LAYERS))
-    model = random_model(config, torch.float32, device)
-    image = dataclasses.replace(image_request(config, 1), sampling=SamplingParams(seed=0, guidance_scale=3.0, max_new_tokens=40))
-    requests = [dataclasses.replace(image, null_ids=image.ids[::-1]), text_request(config, 25)]
-    engines = [Engine(model, num_slots=3) for _ in range(2)]
-    engines[1].runner.decoder = engines[1].runner.prefill_graphs = None
-    for attempt in range(2):  # the second has its prompts read by captured graphs
-        found, expected = ([samples[0].tokens for samples in engine.run(requests)] for engine in engines)
-        if found != expected:
-            same = [
-                next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), None) for pair in zip(found, expected, strict=True)
-            ]
-            yield f"engine, run {attempt + 1}: tokens of image and text differ from these on: {same}"
-
-
-def image_request(config: OmniMambaConfig, num_images: int) -> Request:
-    """A caption of random ids."""
-    ids = torch.arange(config.t2i_positions - config.num_image_tokens) * 7919 % config.base_vocab_size
-    return Request(Task.T2I, tuple(ids.tolist()), sampling=SamplingParams(seed=0), num_samples=num_images)
-
-
-def text_request(config: OmniMambaConfig, num_tokens: int) -> Request:
-    """A question of random ids about no image, whose place is there."""
-    ids = torch.arange(31) * 7919 % config.base_vocab_size
-    return Request(Task.MMU, tuple(ids.tolist()), sampling=SamplingParams(seed=0, max_new_tokens=num_tokens))
-
-
-def restore(state: MambaState, before: MambaState) -> None:
-    for part in ("conv", "ssm", "position"):
-        getattr(state, part).copy_(getattr(before, part))
-
-
-def rows_of(batch: list[Any]) -> list[tuple[int, Any]]:
-    """(slot, sample) of each row."""
-    return [(slot, sample) for sample in batch for slot in dict.fromkeys(sample.slots)]
-
-
-def compared(found: dict[Task, Tensor], runner: Runner, expected: Runner, batch: list[Any], tolerance: float) -> Iterator[str]:
-    rows = rows_of(batch)
-    slots = [slot for slot, _ in rows]
-    logits = expected.decode(slots, [s.task for _, s in rows], [s.token for _, s in rows])
-    pairs = {f"{task} logits": (found[task][[i for i, (_, s) in enumerate(rows) if s.task is task]], logits[task]) for task in logits}
-    for part in ("ssm", "conv"):
-        pairs |= {
-            f"{part} state of layer {i}": (getattr(runner.state, part)[i], getattr(expected.state, part)[i]) for i in range(CHECKED_LAYERS)
-        }
-    for name, (value, wanted) in pairs.items():
-        error = ((value.float() - wanted.float()).norm() / wanted.float().norm()).item()
-        if not error <= tolerance:
-            yield f"{name} off by {error:.1e}"
-    if not torch.equal(runner.state.position, expected.state.position):
-        yield f"positions {runner.state.position.tolist()}, expected {expected.state.position.tolist()}"
-
-
-def expected_tokens(logits: dict[Task, Tensor], batch: list[Any]) -> list[tuple[Task, int]]:
-    tokens, row = [], 0
-    for s in batch:
-        null = row + (s.slots[0] != s.slots[1])
-        settings = SamplingRows.of([s.params], [s.key], [s.step], logits[s.task].device)
-        scores = logits[s.task].float()
-        tokens.append((s.task, int(sample(guide(scores[row : row + 1], scores[null : null + 1], settings.guidance_scale), settings))))
-        row = null + 1
-    return tokens
-
-
 # ---- time
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def milliseconds(run: Callable[[], Any], repeats: int, device: str, before: Callable[[], Any] = lambda: None) -> float:
-    """Median time of `run`; `before` is not timed."""
-    for _ in range(2):
-        before()
-        run()
-    times = []
-    for _ in range(repeats):
-        before()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start_time = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start_time) * 1e3)
-    return statistics.median(times)
-
-
-def read_bandwidth(device: str, num_bytes: int) -> float:
-    """Bytes per second of summing `num_bytes`."""
-    values = torch.ones(num_bytes // 4, device=device)
-    return num_bytes / milliseconds(values.sum, 20, device) * 1e3
-
-
-def step_bytes(decoder: Any, case: Case) -> int:
-    """Bytes that a step of the case moves at least."""
-    layers = decoder.layers
-    weights = sum(
-        t.nbytes for layer in layers for weight in (layer.in_proj, layer.out_proj) for t in (weight.values, weight.scale) if t is not None
-    )
-    weights += sum(layer.lora.A.nbytes // 2 + layer.lora.B.nbytes // 2 for layer in layers)
-    weights += decoder.heads[case.task].values.nbytes
-    states = sum(layer.conv[0].nbytes + layer.ssm[0].nbytes for layer in layers)
-    return weights + 2 * states * case.rows * (1 + case.is_guided)
 
 
 def timed(
@@ -329,7 +118,7 @@ def timed(
         decoder.run(batch, STEPS)
     synchronize(device)
     block_ms = (time.perf_counter() - start) / repeats / STEPS * 1e3
-    num_bytes = step_bytes(decoder, case)
+    num_bytes = step_bytes(model, runner.state, case.task, len(rows_of(batch)))
     return {
         "rows": len(rows_of(batch)),
         "ms": step_ms,
@@ -345,23 +134,13 @@ def timed(
 def whole_request(model: OmniMambaModel, request: Request, device: str) -> dict[str, float]:
     """Times of a request through the engine, prompt and host included: the first, which compiles and captures, then the best of three."""
     engine = Engine(model, num_slots=request.num_samples)
-    seconds: list[tuple[float, float]] = []
-    num_tokens = 0
-    for _ in range(4):
-        synchronize(device)
-        start = time.perf_counter()
-        engine.submit(request)
-        events = []
-        while not events:
-            events = engine.step()
-        first = time.perf_counter() - start
-        num_tokens = len(events)
-        while engine.has_work:
-            num_tokens += len(engine.step())
-        seconds.append((time.perf_counter() - start, first))
-    best, first = min(seconds[1:])
-    figures = {"s": best, "first token ms": first * 1e3, "tokens/s": num_tokens / best, "first run s": seconds[0][0]}
-    return figures | {"first run, first token ms": seconds[0][1] * 1e3, "images/s": request.num_samples / best * (request.task is Task.T2I)}
+    (first_run, first_run_first, num_tokens), *runs = (timed_request(engine, request, device) for _ in range(4))
+    best, first, _ = min(runs)
+    figures = {"s": best, "first token ms": first * 1e3, "tokens/s": num_tokens / best, "first run s": first_run}
+    return figures | {
+        "first run, first token ms": first_run_first * 1e3,
+        "images/s": request.num_samples / best * (request.task is Task.T2I),
+    }
 
 
 def request_line(name: str, figures: dict[str, float]) -> str:
@@ -488,7 +267,7 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Decoding with the fused kernels, random weights.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    add_json_option(parser)
     parser.add_argument("--preset", choices=list(PRESETS), default="1.3b")
     parser.add_argument("--cases", nargs="+", metavar="WORD", help="only the cases whose name contains one of these")
     parser.add_argument("--sweep", action="store_true", help="try other launch choices")
@@ -497,38 +276,16 @@ def main() -> int:
     parser.add_argument("--interpret", action="store_true", help="run on the CPU in Triton's interpreter, as a test of this script")
     arguments = parser.parse_args()
     device = "cpu" if arguments.interpret else "cuda"
-    if importlib.util.find_spec("triton") is None or (device == "cuda" and not torch.cuda.is_available()):
-        print("benchmarks/decode.py times GPU kernels: it needs a CUDA device and Triton, and found none", file=sys.stderr)
+    if lacks(device, triton=True):
         return 2
-    import triton
-
     started = time.perf_counter()
     config = preset(arguments.preset)
-    failures: dict[str, list[str]] = {"vector": [], "matrix": [], "engine": []}
-    try:
-        for check in CHECKS:
-            for path, wrong in wrong_results(config, check, device):
-                failures[path].append(wrong)
-        failures["engine"] += wrong_requests(config, device)
-    except Exception as error:
-        traceback.print_exc()
-        failures = {path: [*wrong, repr(error)] for path, wrong in failures.items()}
-    for path, wrong in failures.items():
-        print(f"{path}: {len(wrong) or 'no'} differences from the plain path", *wrong, sep="\n  ", flush=True)
-    bandwidth = read_bandwidth(device, 2**24 if arguments.interpret else 2**32)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
-        "command": " ".join(sys.argv),
-        "preset": arguments.preset,
-        "wrong": failures,
-        "read GB/s": bandwidth / 1e9,
-        "cases": {},
-        "parts": {},
-    }
-    print(", ".join(f"{name} {report[name]}" for name in ("device", "torch", "triton", "commit", "command", "preset")))
+    report = begin(device, preset=arguments.preset)
+    if arguments.interpret:
+        report["device"] = "interpreter"
+    failures = report["wrong"] = differences(config, device)
+    bandwidth = read_bandwidth(device)
+    report |= {"read GB/s": bandwidth / 1e9, "cases": {}, "parts": {}}
     print(f"checked in {time.perf_counter() - started:.0f} s; read bandwidth {bandwidth / 1e9:.0f} GB/s", flush=True)
     model = random_model(config, torch.bfloat16, device)
     image_table = Runner(model, 1).image_table
@@ -574,10 +331,8 @@ def main() -> int:
             report["sweep"][name] = figures
             rows.append(line(name, figures) if figures else name)
             print(rows[-1], flush=True)
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(f"\n{time.perf_counter() - started:.0f} s", *rows, text, sep="\n")
+    print(f"\n{time.perf_counter() - started:.0f} s", *rows, sep="\n")
+    finish(report, arguments.json)
     return int(any(failures.values()))
 
 

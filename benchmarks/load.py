@@ -9,7 +9,8 @@ loopback. Four parts, each printed and in the JSON on the last line:
   that was completed must be the one that the offline API gives alone (greedy), and slots and memory must return. On a GPU, or in another
   type than float32, batches of different sizes round differently: there, answers that differ are only counted.
 - queue: more requests than may wait; those sent away must have status 429 and a Retry-After.
-- throughput: --concurrency requests at once, as many as there are slots, against the offline engine on the same requests.
+- throughput: --concurrency requests at once, as many as there are slots, half of them captions: tokens and images per second, of the
+  server and of the offline engine on the same requests in turn.
 - first token: of a question about a new image, and about one that was asked about before.
 
 Exit code 1 if a check fails.
@@ -23,7 +24,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import re
 import statistics
@@ -37,10 +37,11 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from _git import commit
+from _report import add_json_option, begin, finish
 from PIL import Image, ImageDraw
 
-from omnimamba.config import EOS_TOKEN, Task, preset
+from omnimamba.config import Task, preset
+from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.engine.omnimamba import OmniMamba
 from omnimamba.engine.request import Request, SamplingParams
 from omnimamba.server.config import MIB, ServerConfig
@@ -74,14 +75,7 @@ class Call:
 
 def random_model(name: str, folder: Path, num_slots: int, device: str, dtype: str) -> OmniMamba:
     """A model of a preset's shape with random weights, whose tokenizer has an id per byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocab = {EOS_TOKEN: 0} | {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.add_special_tokens([AddedToken(EOS_TOKEN, special=True)])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    train_text_tokenizer((), 257).save(str(folder / "tokenizer.json"))
     config = dataclasses.replace(preset(name), base_vocab_size=257, eos_id=0)
     return OmniMamba.from_config(config, tokenizer_file=folder / "tokenizer.json", num_slots=num_slots, device=device, dtype=dtype)
 
@@ -278,30 +272,35 @@ async def overfull_queue(client: httpx.AsyncClient, num_allowed: int) -> dict[st
 async def throughput(
     client: httpx.AsyncClient, process: subprocess.Popen, omni: OmniMamba, concurrency: int, repeats: int
 ) -> dict[str, Any]:
-    """Tokens per second for as many requests at once as there are slots, half of them captions; the best of several rounds.
+    """Rates for as many requests at once as there are slots, half of them captions; of several rounds the one of most tokens per second.
 
     CPU milliseconds per token tell the server's own cost from what other programs take of a busy machine.
     """
-    served, offline, served_ms, offline_ms = 0.0, 0.0, math.inf, math.inf
+    served, offline, served_ms, offline_ms = (0.0, 0.0), (0.0, 0.0), math.inf, math.inf
     for repeat in range(repeats):
         images = range(1000 + concurrency * repeat, 1000 + concurrency * (repeat + 1))  # all new: neither side finds a snapshot
         calls = [
             Call(CAPTIONS[i % 6], 0, "", guidance_scale=1.0) if i % 2 == 0 else Call(None, i, QUESTIONS[i % 4], stream=i % 4 == 1)
             for i in images
         ]
+        num_images = sum(call.caption is not None for call in calls)
         before, began, cpu = await num_tokens(client), time.perf_counter(), cpu_seconds(process.pid)
         await asyncio.gather(*(send(client, call) for call in calls))
         num = await num_tokens(client) - before
-        served = max(served, num / (time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        served = max(served, (num / seconds, num_images / seconds))
         served_ms = min(served_ms, 1000 * (cpu_seconds(process.pid) - cpu) / num)
         began, cpu = time.perf_counter(), time.process_time()
         num = run_offline(omni, calls)
-        offline = max(offline, num / (time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        offline = max(offline, (num / seconds, num_images / seconds))
         offline_ms = min(offline_ms, 1000 * (time.process_time() - cpu) / num)
     return {
-        "served tokens/s": round(served),
-        "offline tokens/s": round(offline),
-        "share": round(served / offline, 3),
+        "served tokens/s": round(served[0]),
+        "offline tokens/s": round(offline[0]),
+        "share": round(served[0] / offline[0], 3),
+        "served images/s": round(served[1], 3),
+        "offline images/s": round(offline[1], 3),
         "served CPU ms/token": round(served_ms, 2),
         "offline CPU ms/token": round(offline_ms, 2),
     }
@@ -355,7 +354,7 @@ async def run(arguments: argparse.Namespace, omni: OmniMamba, process: subproces
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A server under load, its answers checked.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    add_json_option(parser)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--preset", help="serve random weights of this shape instead, e.g. 1.3b")
     parser.add_argument("--device", default="cpu")
@@ -373,19 +372,13 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             omni = load_model(arguments, Path(folder))
-            device = torch.cuda.get_device_name() if omni.device.type == "cuda" else platform.processor() or platform.machine()
-            report: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
-            report |= {"command": " ".join(sys.argv), "model": arguments.preset or arguments.model, "dtype": arguments.dtype}
-            print(", ".join(f"{name} {value}" for name, value in report.items()), flush=True)
+            report = begin(omni.device.type, model=arguments.preset or arguments.model, dtype=arguments.dtype)
             report |= asyncio.run(run(arguments, omni, process, url))
     finally:
         process.terminate()
         report_code = process.wait(120)
     is_ok = report["load"]["ok"] and report["queue"]["ok"] and report_code == 0
-    line = json.dumps(report)
-    print(line)
-    if arguments.json:
-        arguments.json.write_text(line + "\n", encoding="utf-8")
+    finish(report, arguments.json)
     return 0 if is_ok else 1
 
 

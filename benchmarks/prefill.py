@@ -5,32 +5,28 @@
 Needs a CUDA device and torch; with Triton the kernels of the scan, the convolution and the gated norm run. Captured passes are first
 compared with passes launched from Python, in fp32 and few layers: rows of unequal lengths, a bucket that they do not fill, a second piece
 that goes on from the first. If they differ nothing is timed, and the exit code is 1. TFLOP/s counts the products with in_proj and out_proj
-only. The last line on stdout is JSON.
+only; memory is the peak of the tensors of passes launched from Python. The last line on stdout is JSON.
 """
 
 import argparse
 import dataclasses
-import importlib.util
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from _git import commit
+from _measure import Memory, milliseconds
+from _model import random_model
+from _report import add_json_option, begin, finish, lacks
 from torch import Tensor
 
 from omnimamba.config import PRESETS, OmniMambaConfig, Task, preset
 from omnimamba.engine.prefill import PrefillGraphs
 from omnimamba.engine.runner import Runner
-from omnimamba.model.omnimamba import OmniMambaModel, cast
+from omnimamba.model.omnimamba import OmniMambaModel
 
 TOLERANCE = 1e-5  # rms(error) / rms(expected) in fp32
 CHECKED_LAYERS = 3
-PIECE = 4096  # positions that the engine reads at once
+PIECE = 4096  # positions that the engine reads at once unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +35,8 @@ class Case:
     task: Task
     rows: int
     length: int
+    piece: int = PIECE
+    """Positions of one pass; passes of more than PIECE are not captured."""
 
 
 CASES = (
@@ -49,15 +47,9 @@ CASES = (
     Case("4 images and questions", Task.MMU, 4, 760),
     Case("one piece", Task.MMU, 1, PIECE),
     Case("long sequence", Task.MMU, 1, 16 * PIECE),
+    Case("in pieces of 16,384", Task.MMU, 1, 16 * PIECE, 4 * PIECE),
+    Case("in one piece", Task.MMU, 1, 16 * PIECE, 16 * PIECE),
 )
-
-
-def random_model(config: OmniMambaConfig, dtype: torch.dtype, device: str) -> OmniMambaModel:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = OmniMambaModel(config)
-    cast(model, dtype)
-    return model.eval().requires_grad_(False)
 
 
 def embeddings(model: OmniMambaModel, num: int) -> Tensor:
@@ -85,80 +77,56 @@ def wrong_results(config: OmniMambaConfig, device: str) -> Iterator[str]:
             yield f"rows of {lengths} positions: positions {runner.state.position.tolist()}"
 
 
-def milliseconds(run: Callable[[], Any], repeats: int, device: str) -> float:
-    """Median time of `run`, host included, after the passes that compile and capture."""
-    times = []
-    for i in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-def timed(runner: Runner, case: Case, repeats: int, device: str) -> dict[str, float]:
+def timed(runner: Runner, case: Case, repeats: int, device: str) -> dict[str, float | None]:
     model = runner.model
     slots, rows = list(range(case.rows)), [embeddings(model, case.length) for _ in range(case.rows)]
 
     def read() -> None:
         runner.reset(slots)
-        for first in range(0, case.length, PIECE):
-            runner.prefill(slots, [row[first : first + PIECE] for row in rows], case.task)
+        for first in range(0, case.length, case.piece):
+            runner.prefill(slots, [row[first : first + case.piece] for row in rows], case.task)
 
     graphs = runner.prefill_graphs
-    figures = {"ms": milliseconds(read, repeats, device)}
+    ms = milliseconds(read, repeats, device)
     runner.prefill_graphs = None
-    figures["ms from Python"] = milliseconds(read, repeats, device)
+    memory = Memory(device)
+    memory.restart()
+    figures = {"ms": ms, "ms from Python": milliseconds(read, repeats, device), "peak GB": memory.peak()}
     runner.prefill_graphs = graphs
     backbone = model.config.backbone
     num_tokens = case.rows * case.length
     flop = 2 * num_tokens * backbone.n_layer * backbone.d_model * (backbone.d_in_proj + backbone.d_inner)
-    return figures | {"tokens/s": num_tokens / figures["ms"] * 1e3, "TFLOP/s": flop / figures["ms"] / 1e9}
+    return figures | {"tokens/s": num_tokens / ms * 1e3, "TFLOP/s": flop / ms / 1e9}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Reading prompts, random weights.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    add_json_option(parser)
     parser.add_argument("--preset", choices=list(PRESETS), default="1.3b")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, as a test of this script")
     arguments = parser.parse_args()
     device = "cpu" if arguments.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks/prefill.py times a GPU: it needs a CUDA device and found none", file=sys.stderr)
+    if lacks(device):
         return 2
     config = preset(arguments.preset)
     failures = list(wrong_results(config, device))
     if failures:
         print("nothing is timed, results are wrong:", *failures, sep="\n", file=sys.stderr)
         return 1
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "triton": importlib.util.find_spec("triton") is not None,
-        "commit": commit(),
-        "command": " ".join(sys.argv),
-        "preset": arguments.preset,
-        "cases": {},
-    }
-    print(", ".join(f"{name} {value}" for name, value in report.items() if name != "cases"))
+    report = begin(device, preset=arguments.preset)
+    report["cases"] = {}
     print("passes in buckets equal plain passes", flush=True)
     runner = Runner(random_model(config, torch.bfloat16, device), 8)
     for case in CASES:
         figures = report["cases"][case.name] = timed(runner, case, arguments.repeats, device)
         print(
             f"{case.name:24} {case.rows} x {case.length:6} positions {figures['ms']:8.2f} ms "
-            f"({figures['ms from Python']:8.2f} from Python) {figures['tokens/s']:9.0f} tokens/s {figures['TFLOP/s']:5.0f} TFLOP/s",
+            f"({figures['ms from Python']:8.2f} from Python) {figures['tokens/s']:9.0f} tokens/s {figures['TFLOP/s']:5.0f} TFLOP/s"
+            + (f" {figures['peak GB']:6.2f} GB" if figures["peak GB"] is not None else ""),
             flush=True,
         )
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(report, arguments.json)
     return 0
 
 

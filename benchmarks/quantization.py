@@ -12,12 +12,10 @@ int8, which rounds alike. The last line on stdout is JSON.
 import argparse
 import copy
 import dataclasses
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from _report import add_json_option, begin, finish
 from torch import Tensor, nn
 
 from omnimamba import OmniMamba
@@ -128,12 +126,12 @@ def quantized_block(block: Mamba2Block, scheme: str | None) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Logit errors and greedy agreement of int8, fp8 and int4 weights.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    add_json_option(parser)
     parser.add_argument("--model", default="nano", help="trained model, with an example.png in its folder")
     parser.add_argument("--shape", default="1.3b", help="preset whose shape is tried with random weights")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"torch": torch.__version__, "command": " ".join(sys.argv), "device": arguments.device}
+    report = begin(arguments.device)
     report["models"] = {
         arguments.model: trained(arguments.model, arguments.device),
         f"{arguments.shape}, random weights": random_shape(arguments.shape, arguments.device),
@@ -143,10 +141,7 @@ def main() -> None:
         for scheme, tasks in of_model.items():
             for task, figures in tasks.items():
                 print(f"  {scheme:5} {task:4}", *(f"{name} {value:8.4f}" for name, value in figures.items()), sep="   ")
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(report, arguments.json)
 
 
 if __name__ == "__main__":

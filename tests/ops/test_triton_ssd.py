@@ -58,6 +58,60 @@ def test_heads_of_a_group_in_one_program_and_in_several(kernel_device, compare, 
     compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1, 37, h=4, g=g))
 
 
+def in_spans(spans):
+    return lambda **tensors: kernel.ssd_chunk_scan(**tensors, spans=spans)
+
+
+@pytest.mark.parametrize(
+    ("l", "spans", "has_initial"),
+    [(1, 3, True), (16, 2, True), (17, 2, True), (17, 2, False), (70, 2, False), (96, 3, True), (130, 9, False), (130, 9, True)],
+)
+def test_spans(kernel_device, compare, l, spans, has_initial):
+    """Chunks of 16 positions: less than one chunk, spans of one chunk, of several, a last one that is shorter."""
+    compare(in_spans(spans), plain(), inputs(kernel_device, torch.float32, 2, l, h=2, p=16, g=2, has_initial=has_initial))
+
+
+@pytest.mark.parametrize("l", [255, 256, 257])
+def test_spans_of_half_precision(kernel_device, compare, l):
+    compare(in_spans(4), plain(), inputs(kernel_device, torch.bfloat16, 1, l, h=2, p=24, n=20))
+
+
+def test_a_long_sequence_of_few_heads_is_cut_into_spans(kernel_device):
+    assert kernel.num_spans(1, 513) == 4
+    tensors = inputs(kernel_device, torch.float32, 1, 513, h=1, p=16)
+    for found, expected in zip(kernel.ssd_chunk_scan(**tensors), in_spans(4)(**tensors), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_spans_of_padding_and_of_zeros(kernel_device, compare):
+    """dt = 0 leaves the state as it is, in a part of a span and in whole ones; with x = 0 nothing is added to it."""
+    tensors = inputs(kernel_device, torch.float32, 2, 96, h=2, p=16)
+    tensors["dt"][0, 20:] = 0
+    tensors["x"][1] = 0
+    compare(in_spans(3), plain(), tensors)
+    tensors["dt"][:] = 0
+    assert torch.equal(in_spans(3)(**tensors)[1], tensors["initial_state"])
+
+
+@pytest.mark.parametrize(
+    ("num_walks", "l", "spans"),
+    [
+        (64, 65_536, 8),  # one row of 1.3b; with more, programs would wait for others
+        (64, 760, 5),
+        (64, 512, 4),
+        (64, 511, 1),  # too short
+        (64, 73, 1),
+        (128, 4096, 4),
+        (192, 65_536, 1),  # enough walks without
+        (48 * 64, 329, 1),
+        (8, 65_536, 66),  # nano
+        (1, 1, 1),
+    ],
+)
+def test_number_of_spans(num_walks, l, spans):
+    assert kernel.num_spans(num_walks, l) == spans
+
+
 @pytest.mark.parametrize("used", ["y", "state"])
 def test_without_initial_state_and_with_one_output_used(kernel_device, compare, used):
     def one(op):
@@ -105,8 +159,8 @@ def test_slices_of_one_tensor_and_gradient_of_any_layout(kernel_device, compare)
     compare(strided(kernel.ssd_chunk_scan), strided(plain()), inputs(kernel_device, torch.float32, 2, 37, h=4, g=2))
 
 
-@pytest.mark.parametrize("rows", [16, 64])
-def test_strong_decays(kernel_device, compare, monkeypatch, rows):
+@pytest.mark.parametrize(("rows", "spans"), [(16, 1), (64, 1), (16, 4)])
+def test_strong_decays(kernel_device, compare, monkeypatch, rows, spans):
     """As differences of an fp32 cumulative sum the decays cancel, and the gradient of A is the first to lose its digits."""
     for name in ("ssd_forward_fp32", "ssd_backward_fp32"):
         ((width, choice),) = LAUNCHES[name]
@@ -115,12 +169,16 @@ def test_strong_decays(kernel_device, compare, monkeypatch, rows):
     tensors["A"] = torch.tensor([-0.01, -40.0], device=kernel_device)
     tensors["x"] = tensors["x"] + 3
     tensors["B"] = tensors["C"] = tensors["B"].abs()
-    compare(kernel.ssd_chunk_scan, plain(), tensors)
+    compare(in_spans(spans), plain(), tensors)
 
 
-def test_gradients_do_not_depend_on_the_run(kernel_device):
+@pytest.mark.parametrize("spans", [1, 3])
+def test_results_do_not_depend_on_the_run(kernel_device, spans):
     tensors = {name: tensor.requires_grad_() for name, tensor in inputs(kernel_device, torch.float32, 1, 37, h=2).items()}
-    runs = [torch.autograd.grad(kernel.ssd_chunk_scan(**tensors)[0].sum(), list(tensors.values())) for _ in range(2)]
+    runs = []
+    for _ in range(2):
+        y, state = in_spans(spans)(**tensors)
+        runs.append((y, state, *torch.autograd.grad(y.sum(), list(tensors.values()))))
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
@@ -133,7 +191,28 @@ def test_gradients_do_not_depend_on_the_run(kernel_device):
         (512, 47, {"h": 8, "p": 64, "n": 64}),
         (8, 329, {"h": 64, "p": 64, "n": 128}),
         (1, 1500, {"h": 64, "p": 64, "n": 128}),
+        (2, 4095, {"h": 64, "p": 64, "n": 128}),
+        (1, 16_384, {"h": 64, "p": 64, "n": 128}),
+        (1, 16_384, {"h": 8, "p": 64, "n": 64}),
     ],
 )
 def test_real_sizes(compare, b, l, sizes, dtype):
     compare(kernel.ssd_chunk_scan, plain(), inputs("cuda", dtype, b, l, **sizes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spans", [1, None])
+def test_offsets_above_32_bits(spans):
+    """A sequence of more than 2**31 numbers against its two halves."""
+    half = 270_001  # positions; 2 * half * 64 * 64 numbers in x and y
+    x = torch.randn(1, 2 * half, 64, 64, device="cuda", dtype=torch.bfloat16)
+    B, C = torch.randn(2, 1, 2 * half, 1, 128, device="cuda", dtype=torch.bfloat16)
+    dt = torch.rand(1, 2 * half, 64, device="cuda") * 0.1
+    A, D = -torch.rand(64, device="cuda"), torch.ones(64, device="cuda")
+    y, state = kernel.ssd_chunk_scan(x, dt, A, B, C, D=D, spans=spans)
+    between = None
+    for part in (slice(half), slice(half, None)):
+        expected, between = kernel.ssd_chunk_scan(x[:, part], dt[:, part], A, B[:, part], C[:, part], D=D, initial_state=between)
+        error = (y[:, part] - expected).norm(dtype=torch.float32) / expected.norm(dtype=torch.float32)
+        assert error <= 1e-2  # not so for NaN
+    torch.testing.assert_close(state, between, rtol=1e-2, atol=1e-2 * state.abs().max().item())

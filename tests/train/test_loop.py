@@ -79,22 +79,18 @@ def test_a_players_loss_leaves_no_gradient_in_another(tmp_path):
     optimizers = {name: torch.optim.SGD(player.parameters(), lr=0.1) for name, player in toy.players.items()}
     for step in (1, 2):
         before = toy.two.weight.item()
-        figures = loop.train_step(toy, optimizers, recipe, toy.batch(0), step, torch.Generator(), CPU)
-        lr = optimizers["two"].param_groups[0]["lr"]
-        assert toy.two.weight.item() == pytest.approx(before - lr * 5)
+        figures = loop.train_step(toy, optimizers, recipe, toy.batch(0), step, generator=torch.Generator(), device=CPU)
+        assert toy.two.weight.item() == pytest.approx(before - 0.1 * 5)
         assert figures["two_grad_norm"].item() == pytest.approx(5)
 
 
 def test_gradients_are_clipped(tmp_path):
     for clip, norm in ((0.5, 0.5), (0.0, 30.0)):
         toy = Toy()
-        optimizer = torch.optim.SGD(toy.one.parameters(), lr=0)
-        figures = loop.train_step(
-            toy, {"one": optimizer}, toy_recipe(tmp_path, grad_clip=clip), torch.tensor([[10.0]]), 0, torch.Generator(), CPU
-        )
+        optimizers, recipe = {"one": torch.optim.SGD(toy.one.parameters(), lr=0.1)}, toy_recipe(tmp_path, grad_clip=clip)
+        figures = loop.train_step(toy, optimizers, recipe, torch.tensor([[10.0]]), 0, generator=torch.Generator(), device=CPU)
         assert figures["grad_norm"].item() == pytest.approx(30)  # as it was
-        lr = optimizer.param_groups[0]["lr"]
-        assert toy.one.weight.item() == pytest.approx(2 - lr * norm)
+        assert toy.one.weight.item() == pytest.approx(2 - 0.1 * norm)
 
 
 def test_reports(tmp_path, log_lines):
@@ -209,7 +205,7 @@ def test_fingerprint_ignores_reports_and_the_length_of_the_run():
     valid = {"precision": "fp32", "images": "folder", "text_width": 64, "best_is": "highest", "parallel": "fsdp", "tracker": "wandb"}
     for section, cls in (("train", Train), ("init", Init), ("data", Data), ("vq", VQTraining), ("tower", TowerTraining)):
         for field in dataclasses.fields(cls):
-            if field.name in ("max_broken", "streaming"):
+            if field.name in ("max_broken", "streaming", "graphs"):
                 continue  # not for every recipe
             part = getattr(recipe, section)
             value = valid.get(field.name) or other[type(getattr(part, field.name))]

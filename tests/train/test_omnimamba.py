@@ -19,19 +19,25 @@ from omnimamba.data.prepare import ImageSet, tokenize_images
 from omnimamba.data.text import Conversation
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.model import hub
-from omnimamba.model.omnimamba import IGNORE_INDEX, OmniMambaModel
+from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.processor.image import load_image
 from omnimamba.train import loop
 from omnimamba.train.omnimamba import OmniMambaObjective, load_backbone
 from omnimamba.train.run import make_objective
 from omnimamba.train.stages import BACKBONE_GROUPS, LORA_STAGES, STAGES, group_of
-from omnimamba.train.task_data import joined
+from omnimamba.train.task_data import joined, padded_length
 
 CPU = torch.device("cpu")
 
 
 def turns(question, answer):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def answers(batch):
+    """Per row of an understanding batch, the ids of what is learned."""
+    rows = batch.places // (batch.ids.shape[1] - 4)
+    return [batch.labels[(rows == row) & (batch.shares > 0)].tolist() for row in range(len(batch.ids))]
 
 
 def state_of(model):
@@ -106,16 +112,17 @@ def test_understanding_batch(recipe):
     with_image = next(i for i, sample in enumerate(data.samples) if sample.image == "train-3")
     text_only = next(i for i, sample in enumerate(data.samples) if sample.image is None)
     batch = data.batch([text_only, with_image, with_image])
-    assert batch.ids.shape[1] % 16 == 0 and batch.labels.shape == (3, batch.ids.shape[1] - 4)
+    assert batch.ids.shape[1] % 16 == 0
     assert batch.ids[:, :4].tolist() == [[tok.mmu_id, tok.soi_id, tok.eoi_id, tok.sot_id]] * 3
     assert batch.image_rows.tolist() == [1, 2] and torch.equal(batch.pixels[0], batch.pixels[1])
     position = data.images.position["train-3"]
     assert torch.equal(batch.pixels[0], data.images.get([position])[0])
     text = tok.decode(batch.ids[1, 4:])
     assert text.startswith("In: What is this?\nOut: black circle")
-    learned = batch.labels[1][batch.labels[1] != IGNORE_INDEX].tolist()
-    assert tok.decode(learned) == "black circle" and learned[-1] == tok.eos_id
-    assert (batch.labels[0] != IGNORE_INDEX).sum() > 10
+    learned = answers(batch)
+    assert tok.decode(learned[1]) == "black circle" and learned[1][-1] == tok.eos_id and learned[1] == learned[2]
+    assert len(learned[0]) > 10 and batch.ids[:, 4:].flatten()[batch.places[:9]].tolist() == learned[0][:9]
+    assert batch.num_labels == sum(map(len, learned))
     assert data.batch([text_only, text_only]).pixels is None
     losses = objective.loss("model", {Task.MMU: data.batch([text_only])}, 0, torch.Generator())
     assert losses["loss"].isfinite()
@@ -135,6 +142,49 @@ def test_mean_by_sample(recipe, by_sample):
 
     mean_of_samples = (mean_loss([short]) + mean_loss([long])) / 2
     assert (mean_loss([short, long]) == pytest.approx(mean_of_samples, rel=1e-5)) == by_sample
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_padding_changes_nothing(recipe, by_sample, parts):
+    """Loss and gradients of a batch are those of its rows by themselves, without any padding; rows without an image among them."""
+    objective = make_objective(recipe("stage1_mmu", mean_by_sample=by_sample, accumulate=parts, mmu_batch=6), CPU)
+    model, data = objective.model.eval(), objective.mmu
+    text_only = [i for i, sample in enumerate(data.samples) if sample.image is None]
+    with_image = [i for i, sample in enumerate(data.samples) if sample.image is not None]
+    idx = [with_image[0], text_only[0], with_image[1], with_image[2], text_only[1], with_image[5]]
+    batch = data.batch(idx)
+    assert len(batch.pixels) == 4 and batch.image_rows.tolist() == [0, 2, 3, 5]
+    more_idx = [*idx[:4], with_image[4], idx[5]]
+    more = data.batch(more_idx)
+    assert len(more.pixels) == 6 and more.image_rows.tolist() == [0, 2, 3, 4, 5, 6]  # parts of 2
+    assert len(batch.places) < batch.ids[:, 4:].numel() and (batch.shares == 0).any()
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    for padded, rows in ((batch, idx), (more, more_idx)):
+        losses = [objective.losses({Task.MMU: objective.mmu_inputs(part, None)})[Task.MMU] for part in padded.split(parts)]
+        found = sum(losses) / padded.num_labels
+        expected, num_labels = [], []
+        for sample in (data.samples[i] for i in rows):
+            ids, labels = torch.cat([padded.ids[0, :4], torch.tensor(sample.ids)])[None], torch.tensor(sample.labels)[None]
+            pixels = None if sample.image is None else data.images.get([data.images.position[sample.image]])
+            features = None if pixels is None else objective.features(padded._replace(pixels=pixels), None)
+            num_labels.append((labels >= 0).sum())
+            expected.append(model.mmu_loss(ids, labels, features) * (1 if by_sample else num_labels[-1]))
+        wanted = sum(expected) / (len(rows) if by_sample else sum(num_labels))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradients(found), gradients(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_few_lengths():
+    lengths = [padded_length(length, 453) for length in range(5, 454)]
+    assert all(padded >= length for length, padded in enumerate(lengths, 5))
+    assert sorted(set(lengths)) == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 453]
+    assert padded_length(204, 204) == 204  # never past the longest, for which the positions may just suffice
 
 
 def test_alignment_learns_the_answer_alone(recipe, change):
@@ -242,12 +292,9 @@ def test_broken_images_are_skipped_up_to_a_limit(recipe, change, tmp_path, caplo
         objective = make_objective(change(r, "data", max_broken=2, in_memory=in_memory), CPU)
         batches = [objective.batch(step)[Task.MMU] for step in range(4)]
         assert all(len(batch.pixels) == len(batch.image_rows) == 5 for batch in batches)
-        said = {objective.mmu.tok.decode(row[row != IGNORE_INDEX].tolist()) for batch in batches for row in batch.labels}
-        assert said == {f"answer {i}" for i in range(4)}
-        reds = [int(pixels[0, 0, 0]) // 40 for batch in batches for pixels in batch.pixels]
-        assert [f"answer {red}" for red in reds] == [
-            objective.mmu.tok.decode(row[row != IGNORE_INDEX].tolist()) for batch in batches for row in batch.labels
-        ]
+        said = [objective.mmu.tok.decode(row) for batch in batches for row in answers(batch)]
+        assert set(said) == {f"answer {i}" for i in range(4)}
+        assert [f"answer {int(pixels[0, 0, 0]) // 40}" for batch in batches for pixels in batch.pixels] == said
     assert (
         "1 of 6 images are missing, e.g. 5.png; they are left out" in caplog.text
         and "image '4.png' is left out, 2 of at most 2" in caplog.text
@@ -269,7 +316,7 @@ def test_a_dataset_of_hugging_face(recipe, change, data_folder, tmp_path):
     objective = make_objective(shards, CPU)
     assert objective.t2i.captions == [(row["caption"],) for row in rows]
     batch = objective.mmu.batch([2])
-    assert objective.mmu.tok.decode(batch.labels[0][batch.labels[0] != IGNORE_INDEX].tolist()) == rows[2]["caption"]
+    assert objective.mmu.tok.decode(answers(batch)[0]) == rows[2]["caption"]
     plain = make_objective(recipe("stage2"), CPU)
     position = plain.mmu.images.position[rows[2]["id"]]
     assert torch.equal(batch.pixels, plain.mmu.images.get([position]))

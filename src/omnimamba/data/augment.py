@@ -78,7 +78,8 @@ def _chosen(b: int, probability: float, like: Tensor, generator: torch.Generator
 
 
 def _luma(images: Tensor) -> Tensor:
-    return (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue  # no tensor of LUMA: a GPU would have to wait for it
 
 
 def _affine(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
@@ -147,4 +148,4 @@ def unit_range(pixels: Tensor) -> Tensor:
 
 def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """(images - mean) / std per channel; images: [b, 3, h, w] in [0, 1]."""
-    return (images - images.new_tensor(mean).view(1, 3, 1, 1)) / images.new_tensor(std).view(1, 3, 1, 1)
+    return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)

@@ -149,7 +149,8 @@ class OmniMambaModel(nn.Module):
         """The understanding sequence with positions.
 
         ids: [b, 4 + t] (see `embed_mmu`); features: [i, k, vision_dim] of the rows that have an image, None for none;
-        image_rows: [i] their indices (None: all rows). The other rows get zero image embeddings.
+        image_rows: [i] their indices (None: all rows); features of row b, which is past the last, go nowhere. The other rows get zero
+        image embeddings.
         """
         b = ids.shape[0]
         if features is None:
@@ -157,46 +158,46 @@ class OmniMambaModel(nn.Module):
         else:
             image = self.project_features(features)
             if image_rows is not None:
-                image = image.new_zeros(b, *image.shape[1:]).index_copy(0, image_rows, image)
+                image = image.new_zeros(b + 1, *image.shape[1:]).index_copy(0, image_rows, image)[:b]
         return self.add_positions(self.embed_mmu(ids, image), Task.MMU)
 
     def mmu_hidden(
-        self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None, *, recompute: bool = False
+        self, ids: Tensor, places: Tensor, features: Tensor | None, image_rows: Tensor | None = None, *, recompute: bool = False
     ) -> Tensor:
-        """Hidden states [n, d] before each of the n labels that are not IGNORE_INDEX, in row-major order.
+        """Hidden states [n, d] before the tokens at `places` [n] of the flattened text [b * t] after the markers.
 
-        labels: [b, t] of the text after the four markers; the other arguments as `mmu_embeddings`.
+        The other arguments as `mmu_embeddings`.
         """
         hidden = self(self.mmu_embeddings(ids, features, image_rows), Task.MMU, recompute=recompute)
-        return hidden[:, -labels.shape[1] - 1 : -1][labels != IGNORE_INDEX]
+        return hidden[:, -ids.shape[1] + 3 : -1].flatten(0, 1).index_select(0, places)
 
-    def mmu_logits(self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
-        """Scores [n, v] in fp32 for the labels; arguments as `mmu_hidden`."""
-        return self.logits(self.mmu_hidden(ids, labels, features, image_rows), Task.MMU).float()
+    def mmu_logits(self, ids: Tensor, places: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
+        """Scores [n, v] in fp32 for the tokens at `places`; arguments as `mmu_hidden`."""
+        return self.logits(self.mmu_hidden(ids, places, features, image_rows), Task.MMU).float()
 
     def mmu_loss(self, ids: Tensor, labels: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
-        """Mean cross entropy over the labels that are not IGNORE_INDEX; arguments as `mmu_hidden`."""
-        return self.mmu_loss_sum(ids, labels, features, image_rows) / (labels != IGNORE_INDEX).sum()
+        """Mean cross entropy over the labels [b, t] of the text that are not IGNORE_INDEX; the other arguments as `mmu_embeddings`."""
+        labels = labels.flatten()
+        (places,) = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        return self.mmu_loss_sum(ids, places, labels[places], None, features, image_rows) / len(places)
 
     def mmu_loss_sum(
         self,
         ids: Tensor,
+        places: Tensor,
         labels: Tensor,
+        shares: Tensor | None,
         features: Tensor | None,
         image_rows: Tensor | None = None,
         *,
-        by_sample: bool = False,
         chunk: int = 0,
         recompute: bool = False,
     ) -> Tensor:
-        """The summed cross entropy over the labels that are not IGNORE_INDEX, or (by_sample) the sum of each row's mean.
+        """The summed cross entropy of the labels [n] at `places` [n]; nothing here waits to know how many there are.
 
-        The other arguments as `mmu_hidden` and `t2i_loss_sum`.
+        shares: [n] fp32, what each counts (None: one each); the other arguments as `mmu_hidden` and `t2i_loss_sum`.
         """
-        hidden = self.mmu_hidden(ids, labels, features, image_rows, recompute=recompute)
-        is_label = labels != IGNORE_INDEX
-        shares = (1 / is_label.sum(1, keepdim=True)).expand_as(labels)[is_label] if by_sample else None
-        return self.loss_sum(hidden, labels[is_label], Task.MMU, chunk, shares)
+        return self.loss_sum(self.mmu_hidden(ids, places, features, image_rows, recompute=recompute), labels, Task.MMU, chunk, shares)
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, task: Task, chunk: int, shares: Tensor | None = None) -> Tensor:
         """The summed cross entropy of labels [n] of a task's vocabulary. hidden: [n, d]; shares as in `linear_cross_entropy`."""

@@ -145,6 +145,8 @@ class Train:
     """Keep only each block's input for the backward pass and run the block again (activation checkpointing)."""
     loss_chunk: int = 0
     """Positions whose scores over the vocabulary exist at once; 0: all of a step's."""
+    graphs: bool = False
+    """Record the steps of kind omnimamba as CUDA graphs (see `graphs.py`): for small models, which wait for Python; takes more memory."""
     parallel: str = "ddp"
     """With several processes: `ddp`, or `fsdp`, which spreads weights and optimizer over them."""
     train_backbone: bool = False
@@ -190,6 +192,8 @@ class Train:
             raise ValueError(f"train.best_is={self.best_is!r}; valid: lowest, highest")
         if self.best and not self.val_every:
             raise ValueError(f"train.best={self.best!r} is a figure of the validation; set train.val_every")
+        if self.graphs and (self.recompute or self.accumulate > 1):
+            raise ValueError("train.graphs=true records whole steps, without train.recompute and train.accumulate; leave these out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +304,8 @@ class Recipe:
         if self.kind == "omnimamba":
             self._check_stage()
             return
+        if self.train.graphs:
+            raise ValueError(f"train.graphs=true is for omnimamba recipes; leave it out of a {self.kind} recipe")
         if self.data.max_broken:
             raise ValueError(f"data.max_broken={self.data.max_broken} is for omnimamba recipes; a {self.kind} needs all of its images")
         if self.train.batch < 1:

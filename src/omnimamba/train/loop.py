@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -27,9 +28,19 @@ from omnimamba.config import nearest_name
 from omnimamba.train import checkpoint
 from omnimamba.train.checkpoint import Best, Checkpoints, read_step, step_folders
 from omnimamba.train.config import Recipe, Train
+from omnimamba.train.graphs import GraphRecorder, RecordedSteps
 from omnimamba.train.interrupt import Interrupted, stop_requests
 from omnimamba.train.metrics import RunLog
-from omnimamba.train.optim import MovingAverage, adamw, learned_state, learning_rate, optimizer_tensors, prepare_optimizer, trainable
+from omnimamba.train.optim import (
+    MovingAverage,
+    adamw,
+    learned_state,
+    learning_rate,
+    optimizer_tensors,
+    prepare_optimizer,
+    set_learning_rate,
+    trainable,
+)
 from omnimamba.train.parallel import ALONE, Processes, local, whole
 
 logger = logging.getLogger("omnimamba.train")
@@ -81,7 +92,7 @@ class Objective(Protocol):
 
 
 REPORTING = ("steps", "log_every", "val_every", "sample_every", "save_every", "keep_checkpoints", "best", "best_is", "tracker")
-PLACEMENT = ("accumulate", "recompute", "loss_chunk", "parallel")
+PLACEMENT = ("accumulate", "recompute", "loss_chunk", "graphs", "parallel")
 """Keys of [train] that say how a step is computed, not what comes out of it (but for rounding and dropout)."""
 
 
@@ -133,12 +144,17 @@ def run(objective: Objective, recipe: Recipe, device: torch.device, *, processes
         progress = stack.enter_context(progress_bar(recipe, first, is_shown=show_progress and processes.is_main))
         stop_signal = stack.enter_context(stop_requests())
         generator = torch.Generator(device)
+        update = functools.partial(train_step, objective, optimizers, recipe, generator=generator, device=device)
+        if train.graphs:
+            update = RecordedSteps(update, device, GraphRecorder(generator))
         since, num_tokens = time.perf_counter(), 0
         for step, batch in enumerate(prefetched(objective, first, train.steps), first):
             seed = step_seed(train.seed, step, processes.rank)
             torch.manual_seed(seed)  # dropout
             generator.manual_seed(seed)  # augmentation
-            figures = train_step(objective, optimizers, recipe, batch, step, generator, device)
+            for optimizer in optimizers.values():
+                set_learning_rate(optimizer, learning_rate(step, train))
+            figures = update(batch, step)
             for average in averages.values():
                 average.update(step)
             num_tokens += objective.num_tokens(batch)
@@ -261,14 +277,13 @@ def train_step(
     recipe: Recipe,
     batch: Any,
     step: int,
+    *,
     generator: torch.Generator,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """One update of every player; returns detached scalars."""
+    """One update of every player, at the optimizers' learning rates; returns detached scalars."""
     figures: dict[str, Tensor] = {}
     for name, optimizer in optimizers.items():
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.train)
         losses: dict[str, Tensor] = {}
         parts = objective.split(batch)
         for i, part in enumerate(parts):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimamba.config import IGNORE_INDEX, Task
+from omnimamba.config import Task
 from omnimamba.data.augment import augment, normalise, unit_range
 from omnimamba.data.images import BrokenImages
 from omnimamba.data.mixture import EpochSampler, step_rng
@@ -32,12 +32,13 @@ from omnimamba.processor.image import to_pil
 from omnimamba.processor.tokenizer import TextTokenizer
 from omnimamba.train.config import Init, Recipe, Train
 from omnimamba.train.frozen import load_frozen
+from omnimamba.train.graphs import mapped
 from omnimamba.train.loop import Objective
 from omnimamba.train.parallel import ALONE, Processes, distribute, gradients_stay_here, is_sharded, whole_state
 from omnimamba.train.samples import image_grid
 from omnimamba.train.stages import BACKBONE_GROUPS, LORA_STAGES, STAGES, group_of, merge_stage1, set_trainable
 from omnimamba.train.streams import PaintingStream, SequentialSampler, UnderstandingStream
-from omnimamba.train.task_data import MMUBatch, PaintingData, T2IBatch, UnderstandingData
+from omnimamba.train.task_data import NUM_MARKERS, MMUBatch, PaintingData, T2IBatch, UnderstandingData
 
 logger = logging.getLogger("omnimamba.train")
 NUM_VALIDATION_BATCHES = 8
@@ -51,13 +52,12 @@ class TaskLosses(nn.Module):
     def __init__(self, model: OmniMambaModel, train: Train) -> None:
         super().__init__()
         self.model = model
-        shared = {"chunk": train.loss_chunk, "recompute": train.recompute}
-        self.options = {Task.MMU: shared | {"by_sample": train.mean_by_sample}, Task.T2I: shared}
+        self.options = {"chunk": train.loss_chunk, "recompute": train.recompute}
 
     def forward(self, inputs: dict[Task, tuple[Tensor, ...]]) -> dict[Task, Tensor]:
         """inputs: the arguments of `OmniMambaModel.mmu_loss_sum` and `t2i_loss_sum`."""
         loss_sums = {Task.MMU: self.model.mmu_loss_sum, Task.T2I: self.model.t2i_loss_sum}
-        return {task: loss_sums[task](*tensors, **self.options[task]) for task, tensors in inputs.items()}
+        return {task: loss_sums[task](*tensors, **self.options) for task, tensors in inputs.items()}
 
 
 class OmniMambaObjective(Objective):
@@ -95,7 +95,8 @@ class OmniMambaObjective(Objective):
                 if isinstance(self.mmu, UnderstandingData) and not len(self.mmu.images):
                     raise ValueError("train.standardise_features looks at training images, and no conversation is about one")
                 batches = (self.mmu.batch(self.mmu_sampler.indices(step)) for step in itertools.count())
-                standardise_features(self.model, self.features(next(batch for batch in batches if batch.pixels is not None), None))
+                batch = next(batch for batch in batches if batch.pixels is not None)
+                standardise_features(self.model, self.features(batch, None)[batch.image_rows < len(batch.ids)])
         if "t2i" in self.stage.tasks:
             if recipe.data.streaming:
                 self.t2i, self.t2i_sampler = PaintingStream(recipe, tok, self.vq, broken), SequentialSampler(train.t2i_batch)
@@ -128,6 +129,7 @@ class OmniMambaObjective(Objective):
     # ---- batches
 
     def batch(self, step: int) -> dict[Task, Any]:
+        """The batch of each task; for a GPU in page-locked memory, from which it is copied without waiting."""
         batches: dict[Task, Any] = {}
         if self.mmu is not None:
             batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step), self.processes)
@@ -135,10 +137,13 @@ class OmniMambaObjective(Objective):
             rng = step_rng(self.recipe.train.seed, step, "captions")
             dropout = self.recipe.train.caption_dropout
             batches[Task.T2I] = self.t2i.batch(self.t2i_sampler.indices(step), rng, dropout, self.processes)
+        if self.device.type == "cuda":
+            return mapped(batches, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
         return batches
 
     def split(self, batch: Any) -> list[Any]:
-        num = self.recipe.train.accumulate
+        if (num := self.recipe.train.accumulate) == 1:
+            return [batch]
         parts = {task: tensors.split(num) for task, tensors in batch.items()}
         return [{task: parts[task][i] for task in batch} for i in range(num)]
 
@@ -169,12 +174,12 @@ class OmniMambaObjective(Objective):
         if Task.T2I in batch:
             inputs[Task.T2I] = self.t2i_inputs(batch[Task.T2I], generator)
         sums = self.losses(inputs)
-        losses = {str(task): sums[task] * self.processes.size / batch[task].num_labels for task in inputs}
+        losses = {str(task): sums[task] * self.processes.size / self.here(batch[task].num_labels) for task in inputs}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def t2i_inputs(self, batch: T2IBatch, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Caption ids, image ids, and image ids as they are read. Without a generator, these have no noise."""
-        caption_ids, ids = batch.caption_ids.to(self.device), batch.image_ids.to(self.device)
+        caption_ids, ids = self.here(batch.caption_ids), self.here(batch.image_ids)
         noise = self.recipe.train.image_token_noise
         if generator is None or not noise:
             return caption_ids, ids, ids
@@ -182,17 +187,20 @@ class OmniMambaObjective(Objective):
         random_ids = torch.randint(self.config.image_vocab_size, ids.shape, generator=generator, device=self.device)
         return caption_ids, ids, torch.where(is_noise, random_ids, ids)
 
-    def mmu_inputs(self, batch: MMUBatch, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids, labels, features and the rows these are of. Without a generator, images are not augmented."""
-        ids, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in (batch.ids, batch.labels, batch.image_rows))
-        return ids, labels, self.features(batch, generator), rows
+    def mmu_inputs(self, batch: MMUBatch, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """The arguments of `OmniMambaModel.mmu_loss_sum`. Without a generator, images are not augmented."""
+        labels = (self.here(tensor) for tensor in (batch.ids, batch.places, batch.labels, batch.shares))
+        return *labels, self.features(batch, generator), self.here(batch.image_rows)
+
+    def here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def features(self, batch: MMUBatch, generator: torch.Generator | None) -> Tensor:
-        """Tower features [i, k, vision_dim] of the rows that have an image."""
+        """Tower features [i, k, vision_dim] of the batch's images."""
         if batch.pixels is None:
             return torch.zeros(0, self.config.num_vision_tokens, self.config.vision_dim, device=self.device)
-        images = unit_range(batch.pixels.to(self.device))
+        images = unit_range(self.here(batch.pixels))
         if generator is not None:
             images = augment(images, self.recipe.augment, generator)
         assert self.vision is not None
@@ -214,17 +222,18 @@ class OmniMambaObjective(Objective):
         return figures
 
     def t2i_loss(self, batch: T2IBatch) -> Tensor:
-        return self.model.t2i_loss_sum(*self.t2i_inputs(batch, None), chunk=self.recipe.train.loss_chunk) / batch.num_labels
+        return self.model.t2i_loss_sum(*self.t2i_inputs(batch, None), chunk=self.recipe.train.loss_chunk) / self.here(batch.num_labels)
 
     def validate_mmu(self, data: UnderstandingData) -> dict[str, float]:
         losses, is_exact = [], defaultdict[str, list[bool]](list)
         for idx in _validation_batches(len(data.samples), self.recipe.train.mmu_batch):
             batch = data.batch(idx)
-            ids, labels, features, rows = self.mmu_inputs(batch, None)
-            logits = self.model.mmu_logits(ids, labels, features, rows)
-            row, column = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-            losses.append(F.cross_entropy(logits, labels[row, column]))
-            num_wrong = torch.zeros(len(idx), device=self.device).index_add_(0, row, (logits.argmax(-1) != labels[row, column]).float())
+            ids, places, labels, shares, features, image_rows = self.mmu_inputs(batch, None)
+            is_label = shares > 0
+            logits, labels = self.model.mmu_logits(ids, places, features, image_rows)[is_label], labels[is_label]
+            losses.append(F.cross_entropy(logits, labels))
+            rows = places[is_label] // (ids.shape[1] - NUM_MARKERS)
+            num_wrong = torch.zeros(len(idx), device=self.device).index_add_(0, rows, (logits.argmax(-1) != labels).float())
             for i, wrong in zip(idx, num_wrong.tolist(), strict=True):
                 for name in {"mmu_exact", f"mmu_exact_{data.samples[i].kind}".rstrip("_")}:
                     is_exact[name].append(wrong == 0)
@@ -295,13 +304,13 @@ def _validation_batches(num: int, batch: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def standardise_features(model: OmniMambaModel, features: Tensor | None) -> None:
+def standardise_features(model: OmniMambaModel, features: Tensor) -> None:
     """Has the projector's first layer see features of mean 0 and deviation 1 per channel, in place, by a change of its weights.
 
     Raw features have a common part several times larger than what tells images apart, and the norm of the first block keeps the
     larger part. features: [i, k, vision_dim] of some training images.
     """
-    assert model.projector is not None and features is not None and len(features)
+    assert model.projector is not None and len(features)
     rows = features.flatten(0, 1).float()
     mean, deviation = rows.mean(0), rows.std(0)
     first = model.projector[0]

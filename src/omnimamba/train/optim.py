@@ -26,7 +26,18 @@ def adamw(parameters: Iterable[nn.Parameter], train: Train) -> torch.optim.AdamW
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=parameters[0].is_cuda)
+    device = parameters[0].device
+    is_recorded = train.graphs and device.type == "cuda"
+    lr = torch.tensor(train.lr, dtype=torch.float32, device=device) if is_recorded else train.lr  # a recorded update reads it where it lies
+    return torch.optim.AdamW(groups, lr=lr, betas=(train.beta1, train.beta2), fused=device.type == "cuda", capturable=is_recorded)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -33,6 +33,7 @@ def train(recipe_file: str | Path, overrides: Sequence[str] = (), *, device: str
         if not processes.is_main:
             logger.setLevel(logging.ERROR)
         check_share(recipe, processes.size)
+        check_graphs(recipe, where, processes.size)
         objective = make_objective(recipe, where, processes)
         return loop.run(objective, recipe, where, processes=processes, show_progress=show_progress)
 
@@ -82,6 +83,15 @@ def check_share(recipe: Recipe, num_processes: int) -> None:
                 f"train.{name}={batch} is that of a whole step; pass a multiple of {parts}, "
                 f"for {num_processes} processes with train.accumulate={train.accumulate}"
             )
+
+
+def check_graphs(recipe: Recipe, device: torch.device, num_processes: int) -> None:
+    """ValueError if the recipe asks for CUDA graphs where there are none."""
+    if recipe.train.graphs and (device.type != "cuda" or num_processes > 1):
+        raise ValueError(
+            "train.graphs=true is for one process with a CUDA device; "
+            f"leave it out, for this run has {num_processes} on device {device.type}"
+        )
 
 
 def make_objective(recipe: Recipe, device: torch.device, processes: Processes = ALONE) -> loop.Objective:

@@ -87,7 +87,8 @@ class UnderstandingStream(_Stream):
 
         pairs = self.usable(processes.share(range(len(idx))), len(idx), find)
         num_labels = len(samples) if self.by_sample else count_labels(sample for sample in samples if sample is not None)
-        return mmu_batch(self.tok, [sample for sample, _ in pairs], [image for _, image in pairs], num_labels)
+        used, images = [sample for sample, _ in pairs], [image for _, image in pairs]
+        return mmu_batch(self.tok, used, images, self.limit, num_labels, by_sample=self.by_sample)
 
     def sample(self, row: dict[str, Any], i: int) -> UnderstandingSample | None:
         conversation = row_conversation(row_name(row, i), row.get(self.column), self.column)
@@ -113,7 +114,7 @@ class PaintingStream(_Stream):
         pairs = self.usable(processes.share(range(len(idx))), len(idx), find)
         pixels = torch.stack([image for _, image in pairs]).to(next(self.vq.parameters()).device)
         image_ids = self.vq.encode(pixels.float() / 127.5 - 1).ids.flatten(1).cpu()
-        return T2IBatch(torch.tensor([ids for ids, _ in pairs]), image_ids, len(idx) * image_ids.shape[1])
+        return T2IBatch(torch.tensor([ids for ids, _ in pairs]), image_ids, torch.tensor(float(len(idx) * image_ids.shape[1])))
 
     def prompt(self, row: dict[str, Any], i: int, is_dropped: bool, choice: float) -> list[int]:
         if is_dropped:

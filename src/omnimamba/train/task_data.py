@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, nearest_name
 from omnimamba.data.augment import augment
-from omnimamba.data.collate import pad_right
 from omnimamba.data.huggingface import COLUMN, column_captions, column_conversations, open_dataset, open_dataset_images
 from omnimamba.data.images import BrokenImages, Images, InMemoryImages, open_folder_images, open_parquet_images
 from omnimamba.data.prepare import image_ids, read_image_ids
@@ -26,42 +25,58 @@ from omnimamba.train.config import Data, Recipe
 from omnimamba.train.parallel import ALONE, Processes
 
 logger = logging.getLogger("omnimamba.train")
+NUM_MARKERS = 4  # [mmu][soi] and [eoi][sot]
 LENGTH_MULTIPLE = 16
-"""Text of an understanding batch is padded to a multiple of this, so that few shapes occur."""
+NUM_PARTS = 4
+"""The labels and the images of an understanding batch fill so many parts of the most that there could be."""
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
-@dataclasses.dataclass
-class MMUBatch:
+class MMUBatch(NamedTuple):
+    """Padded so that few shapes occur; the padding of n and i counts nothing and goes nowhere, in any loss."""
+
     ids: Tensor
     """[b, 4 + t] markers and text, right-padded."""
+    places: Tensor
+    """[n] where the labels are in the text [b * t], in order."""
     labels: Tensor
-    """[b, t]"""
+    """[n]"""
+    shares: Tensor
+    """fp32 [n], what each label counts in the summed loss: 1, or with train.mean_by_sample 1 over those of its row. 0: padding."""
+    num_labels: Tensor
+    """fp32 [], what the summed loss is divided by: the labels of the whole step, of all processes, or its samples."""
     pixels: Tensor | None
-    """uint8 [i, 3, s, s] of the rows that have an image."""
+    """uint8 [i, 3, s, s] of the rows that have an image, None if none has."""
     image_rows: Tensor
-    """[i]"""
-    num_labels: int
-    """What the summed loss is divided by: the labels of the whole step, of all processes, or with train.mean_by_sample its samples."""
+    """[i], in order; b: padding."""
 
     def split(self, num: int) -> list[MMUBatch]:
-        size, parts = len(self.ids) // num, []
-        for start in range(0, len(self.ids), size):
-            rows = slice(start, start + size)
-            inside = (self.image_rows >= start) & (self.image_rows < start + size)
-            pixels = self.pixels[inside.to(self.pixels.device)] if self.pixels is not None and inside.any() else None
-            parts.append(MMUBatch(self.ids[rows], self.labels[rows], pixels, self.image_rows[inside] - start, self.num_labels))
+        b, t = len(self.ids), self.ids.shape[1] - NUM_MARKERS
+        size, parts = b // num, []
+        for first in range(0, b, size):
+            is_label = (self.places // t >= first) & (self.places // t < first + size) & (self.shares > 0)
+            start, stop = torch.searchsorted(self.image_rows, torch.tensor([first, first + size])).tolist()
+            parts.append(
+                padded_batch(
+                    self.ids[first : first + size],
+                    self.places[is_label] - first * t,
+                    self.labels[is_label],
+                    self.shares[is_label],
+                    self.num_labels,
+                    None if self.pixels is None else self.pixels[start:stop],
+                    self.image_rows[start:stop] - first,
+                )
+            )
         return parts
 
 
-@dataclasses.dataclass
-class T2IBatch:
+class T2IBatch(NamedTuple):
     caption_ids: Tensor
     """[b, prompt + 1]"""
     image_ids: Tensor
     """[b, k]"""
-    num_labels: int
-    """Image tokens of the whole step, of all processes."""
+    num_labels: Tensor
+    """fp32 [], image tokens of the whole step, of all processes."""
 
     def split(self, num: int) -> list[T2IBatch]:
         size = len(self.image_ids) // num
@@ -104,7 +119,7 @@ class UnderstandingData:
                 num_too_long + len(self.samples),
                 limit,
             )
-        self.tok, self.by_sample = tok, recipe.train.mean_by_sample
+        self.tok, self.limit, self.by_sample = tok, limit, recipe.train.mean_by_sample
         names = list(dict.fromkeys(sample.image for sample in self.samples if sample.image is not None))
         self.images = open_images(data, split, names, tower_image_size(config), "naive", device, broken)
         self.samples = [sample for sample in self.samples if sample.image is None or sample.image in self.images.position]
@@ -118,7 +133,7 @@ class UnderstandingData:
     def batch(self, idx: list[int], processes: Processes = ALONE) -> MMUBatch:
         """This process's share of the samples of a step."""
         num_labels = len(idx) if self.by_sample else count_labels(self.samples[i] for i in idx)
-        return mmu_batch(self.tok, *self.with_images(processes.share(idx)), num_labels)
+        return mmu_batch(self.tok, *self.with_images(processes.share(idx)), self.limit, num_labels, by_sample=self.by_sample)
 
     def with_images(self, idx: list[int]) -> tuple[list[UnderstandingSample], list[Tensor]]:
         """The samples and the images of those that have one. The next sample takes the place of one whose image is broken."""
@@ -140,7 +155,7 @@ class UnderstandingData:
 
 
 def check_text_limit(limit: int, config: OmniMambaConfig) -> None:
-    room = config.mmu_positions - config.num_vision_tokens - 4
+    room = config.mmu_positions - config.num_vision_tokens - NUM_MARKERS
     if limit > room:
         raise ValueError(f"train.max_text_tokens={limit} exceeds the {room} positions left after the image; lower it")
 
@@ -169,15 +184,69 @@ def count_labels(samples: Iterable[UnderstandingSample]) -> int:
     return sum(len(sample.labels) - sample.labels.count(IGNORE_INDEX) for sample in samples)
 
 
-def mmu_batch(tok: TextTokenizer, samples: list[UnderstandingSample], images: list[Tensor], num_labels: int) -> MMUBatch:
-    """images: those of the samples that have one, in order."""
-    markers = [*layout.mmu_before_image(tok), *layout.mmu_after_image(tok)]
-    ids = pad_right([[*markers, *sample.ids] for sample in samples], tok.pad_id, LENGTH_MULTIPLE)
-    labels = torch.full((len(samples), ids.shape[1] - len(markers)), IGNORE_INDEX)
-    for row, sample in enumerate(samples):
-        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
-    image_rows = torch.tensor([row for row, sample in enumerate(samples) if sample.image is not None], dtype=torch.int64)
-    return MMUBatch(ids, labels, torch.stack(images) if images else None, image_rows, num_labels)
+def mmu_batch(
+    tok: TextTokenizer,
+    samples: list[UnderstandingSample],
+    images: list[Tensor],
+    limit: int,
+    num_labels: int,
+    *,
+    by_sample: bool,
+) -> MMUBatch:
+    """images: those of the samples that have one, in order; limit: tokens of the longest text that there can be."""
+    lengths = torch.tensor([len(sample.ids) for sample in samples])
+    markers = torch.tensor([*layout.mmu_before_image(tok), *layout.mmu_after_image(tok)])
+    length = padded_length(NUM_MARKERS + int(lengths.max()), NUM_MARKERS + limit)
+    is_text = torch.arange(length - NUM_MARKERS) < lengths[:, None]
+    text = torch.full(is_text.shape, tok.pad_id)
+    text[is_text] = joined_rows(sample.ids for sample in samples)
+    labels = joined_rows(sample.labels for sample in samples)
+    is_label = labels != IGNORE_INDEX
+    (places,) = is_text.flatten().nonzero(as_tuple=True)
+    places = places[is_label]
+    rows = places // text.shape[1]
+    return padded_batch(
+        torch.cat([markers.expand(len(samples), -1), text], dim=1),
+        places,
+        labels[is_label],
+        1 / rows.bincount()[rows] if by_sample else torch.ones(len(places)),
+        torch.tensor(float(num_labels)),
+        torch.stack(images) if images else None,
+        torch.tensor([row for row, sample in enumerate(samples) if sample.image is not None], dtype=torch.int64),
+    )
+
+
+def joined_rows(rows: Iterable[list[int]]) -> Tensor:
+    return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(rows), np.int64))
+
+
+def padded_length(length: int, limit: int) -> int:
+    """The length that ids are padded to: multiples of 16, above 128 four between a power of 2 and the next, and the limit."""
+    multiple = max(LENGTH_MULTIPLE, 2 ** ((length - 1).bit_length() - 1) // 4)
+    return min(-(-length // multiple) * multiple, limit)
+
+
+def padded_batch(
+    ids: Tensor, places: Tensor, labels: Tensor, shares: Tensor, num_labels: Tensor, pixels: Tensor | None, image_rows: Tensor
+) -> MMUBatch:
+    """The batch with its labels and images padded; without images if there are none."""
+    b, most = len(ids), len(ids) * (ids.shape[1] - NUM_MARKERS)
+    return MMUBatch(
+        ids,
+        padded(places, most, 0),
+        padded(labels, most, 0),
+        padded(shares, most, 0),
+        num_labels,
+        padded(pixels, b, 0) if pixels is not None and len(pixels) else None,
+        padded(image_rows, b, b),
+    )
+
+
+def padded(values: Tensor, most: int, value: int) -> Tensor:
+    """The values [n, ...], at most `most`, followed by `value` until they fill a number of its NUM_PARTS parts."""
+    part = -(-most // NUM_PARTS)
+    num = min(-(-len(values) // part) * part, most) - len(values)
+    return torch.cat([values, values.new_full((num, *values.shape[1:]), value)]) if num else values
 
 
 def of_kinds(conversations: list[Conversation], kinds: tuple[str, ...]) -> list[Conversation]:
@@ -243,7 +312,8 @@ class PaintingData:
         for i, is_dropped, choice, version in processes.share(drawn):
             rows.append(self.null_ids if is_dropped else layout.t2i_training_ids(self.tok, self.captions[i][choice]))
             mine.append((i, int(version)))
-        return T2IBatch(torch.tensor(rows), self.image_ids[tuple(zip(*mine, strict=True))].long(), len(idx) * k)
+        image_ids = self.image_ids[tuple(zip(*mine, strict=True))].long()
+        return T2IBatch(torch.tensor(rows), image_ids, torch.tensor(float(len(idx) * k)))
 
 
 def changed_version(recipe: Recipe, version: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:

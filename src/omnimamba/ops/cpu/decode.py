@@ -17,6 +17,7 @@ import math
 from typing import Any, NamedTuple
 
 import numba
+import numpy as np
 
 from omnimamba.ops.cpu.vector import (
     LANES,
@@ -26,14 +27,15 @@ from omnimamba.ops.cpu.vector import (
     get_bf16,
     get_f32,
     load_bf16,
-    load_bytes,
     load_f32,
     load_fp8,
     load_int8,
-    load_low_nibbles,
+    nibble_products,
     prefetch,
     set_bf16,
     set_f32,
+    set_i16,
+    set_i32,
     store_bf16,
     store_f32,
     total,
@@ -46,13 +48,13 @@ GROUP_SIZE = 64
 """Columns that share a scale in INT4."""
 TILE = 4
 """Rows of activations that are multiplied with a weight while it is in a register."""
-AHEAD = 2048
+AHEAD = 4096
 """Bytes between what is read and what is asked of memory."""
 LINE = 64
 """Bytes of a cache line."""
 FLOAT = 4
 """Bytes of an fp32 number."""
-float32 = numba.float32
+float32, int16, int32 = numba.float32, numba.int16, numba.int32
 jit = numba.njit(nogil=True, error_model="numpy")
 
 
@@ -218,48 +220,46 @@ _one_fp8, _tile_fp8 = _products(load_fp8, 1)
 
 
 @jit
-def _group_int4(w, scale, x, half, sums, group, added):
-    i = group * (GROUP_SIZE // 2)
-    s = fma(load_low_nibbles(w + i), load_f32(x + FLOAT * i), full(get_f32(sums + FLOAT * group)))
-    s = fma(load_bytes(w + i), load_f32(x + half + FLOAT * i), s)
-    i += LANES
-    s = fma(load_low_nibbles(w + i), load_f32(x + FLOAT * i), s)
-    s = fma(load_bytes(w + i), load_f32(x + half + FLOAT * i), s)
-    return fma(s, full(get_f32(scale + FLOAT * group)), added)
-
-
-@jit
 def _one_int4(w, scale, x, k, a):
-    """As the products of the other formats. x: see `split_columns`; scale: of each group of the row.
-
-    A byte v holds the numbers l + 8 and h + 8 as v = 16 (h + 8) + (l + 8), so l x + h y = (l + 8) (x - y / 16) + v y / 16 - 8 (x + y).
-    """
-    half, sums = FLOAT * (k // 2), x + FLOAT * k
+    """As the products of the other formats. x: see `round_columns`; scale: of each group of the row."""
+    odd, starts, x_scale = x + k, x + 2 * k, get_f32(x + 3 * k)
     b = full(float32(0))
-    pairs = k // (2 * GROUP_SIZE)
-    for pair in range(pairs):
-        prefetch(w + GROUP_SIZE * pair + AHEAD)
-        a = _group_int4(w, scale, x, half, sums, 2 * pair, a)
-        b = _group_int4(w, scale, x, half, sums, 2 * pair + 1, b)
-    if 2 * pairs < k // GROUP_SIZE:
-        a = _group_int4(w, scale, x, half, sums, 2 * pairs, a)
-    return total(a + b)
+    c = b
+    groups = k // GROUP_SIZE
+    for i in range(0, groups - groups % 2, 2):
+        for line in range(0, GROUP_SIZE, LINE):
+            prefetch(w + i * GROUP_SIZE // 2 + line + AHEAD)
+        b = fma(_group_int4(w, x, odd, starts, i), full(get_f32(scale + FLOAT * i)), b)
+        c = fma(_group_int4(w, x, odd, starts, i + 1), full(get_f32(scale + FLOAT * (i + 1))), c)
+    if groups % 2:
+        b = fma(_group_int4(w, x, odd, starts, groups - 1), full(get_f32(scale + FLOAT * (groups - 1))), b)
+    return total(fma(b + c, full(x_scale), a))
 
 
 @jit
-def split_columns(x, k, y):
-    """Writes x [k] as `_one_int4` reads it, k + k / GROUP_SIZE numbers: of even columns x less a 16th of their right neighbours, a 16th of
-    the odd ones, and of each group -8 times its sum, spread over LANES."""
-    half = k // 2
-    for i in range(half):
-        even, odd = get_f32(x + FLOAT * 2 * i), get_f32(x + FLOAT * (2 * i + 1)) * float32(1 / 16)
-        set_f32(y + FLOAT * i, even - odd)
-        set_f32(y + FLOAT * (half + i), odd)
+def _group_int4(w, even, odd, starts, group):
+    i = group * GROUP_SIZE
+    return nibble_products(w + i // 2, even + i, odd + i, starts + i)
+
+
+@jit
+def round_columns(x, k, y):
+    """Writes x [k] as `_one_int4` reads it: int16 numbers of x over a common scale, those of even columns [k / 2] and of odd ones [k / 2];
+    of each group LANES int32 numbers whose sum takes off the 8 that nibbles have too much; the scale.
+    """
+    largest = float32(0)
+    for i in range(k):
+        largest = max(largest, abs(get_f32(x + FLOAT * i)))
+    scale = largest / float32(32767) if largest > 0 else float32(1)
     for group in range(k // GROUP_SIZE):
-        added = full(float32(0))
-        for i in range(group * GROUP_SIZE, (group + 1) * GROUP_SIZE, LANES):
-            added = added + load_f32(x + FLOAT * i)
-        set_f32(y + FLOAT * (k + group), total(added) * float32(-8 / LANES))
+        added = int32(0)
+        for i in range(group * GROUP_SIZE, (group + 1) * GROUP_SIZE):
+            number = int16(np.rint(get_f32(x + FLOAT * i) / scale))
+            set_i16(y + 2 * (i // 2) + (k if i % 2 else 0), number)
+            added += number
+        for lane in range(LANES):
+            set_i32(y + 2 * k + GROUP_SIZE * group + FLOAT * lane, int32(-8 * added if lane == 0 else 0))
+    set_f32(y + 3 * k, scale)
 
 
 @jit
@@ -487,7 +487,7 @@ def width_of(shape):
 
 @jit
 def stride_of(shape):
-    """Numbers between the rows of a factor, with room for what `split_columns` adds."""
+    """Numbers between the rows of a factor, with room for what `round_columns` adds."""
     k = max(shape.d_model, shape.d_inner)
     return k + k // GROUP_SIZE + LANES
 
@@ -500,7 +500,7 @@ def prepared(shape, num, k, thread):
         return thread.scratch
     values = thread.scratch + FLOAT * num * stride
     for row in range(num):
-        split_columns(thread.scratch + FLOAT * row * stride, k, values + FLOAT * row * stride)
+        round_columns(thread.scratch + FLOAT * row * stride, k, values + FLOAT * row * stride)
     return values
 
 

@@ -52,9 +52,9 @@ def _floats(number: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [number] * LANES)
 
 
-def _memory(builder: Any, address: ir.Value, element: ir.Type) -> ir.Value:
-    """The LANES elements at an address that need not be aligned."""
-    loaded = builder.load(builder.inttoptr(address, ir.VectorType(element, LANES).as_pointer()))
+def _memory(builder: Any, address: ir.Value, element: ir.Type, num: int = LANES) -> ir.Value:
+    """The elements at an address that need not be aligned."""
+    loaded = builder.load(builder.inttoptr(address, ir.VectorType(element, num).as_pointer()))
     loaded.align = 1
     return loaded
 
@@ -70,10 +70,6 @@ def _loads(convert: Callable[[Any, Any], Any]) -> Any:
         return VECTOR(types.int64), generate
 
     return load
-
-
-def _bytes(builder: Any, address: ir.Value) -> ir.Value:
-    return builder.zext(_memory(builder, address, ir.IntType(8)), _INTS)
 
 
 def _from_bf16(builder: Any, address: ir.Value) -> ir.Value:
@@ -94,8 +90,33 @@ load_f32 = _loads(lambda builder, address: _memory(builder, address, _F32))
 load_bf16 = _loads(_from_bf16)
 load_int8 = _loads(lambda builder, address: builder.sitofp(builder.sext(_memory(builder, address, ir.IntType(8)), _INTS), _FLOATS))
 load_fp8 = _loads(_from_fp8)
-load_bytes = _loads(lambda builder, address: builder.sitofp(_bytes(builder, address), _FLOATS))
-load_low_nibbles = _loads(lambda builder, address: builder.sitofp(builder.and_(_bytes(builder, address), _ints(15)), _FLOATS))
+
+
+@intrinsic
+def nibble_products(context, nibbles, even, odd, start):
+    """Products with 32 bytes of two nibbles each: lane i is start[i] plus the sum over bytes 2i and 2i + 1 of low * even + high * odd.
+
+    even, odd: addresses of 32 int16 numbers; start: of LANES int32. Summed as integers, which x86 does in one instruction a pair.
+    """
+    halves, wide = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I32, 2 * LANES)
+
+    def generate(context, builder, signature, arguments):
+        def products(values, factors):
+            factors = builder.sext(_memory(builder, factors, ir.IntType(16), 2 * LANES), wide)
+            product = builder.mul(builder.sext(values, wide), factors)
+            return [
+                builder.shuffle_vector(product, product, ir.Constant(_INTS, list(range(first, 2 * LANES, 2)))) for first in (0, 1)
+            ]
+
+        nibbles, even, odd, start = arguments
+        pairs = builder.zext(_memory(builder, nibbles, ir.IntType(8), 2 * LANES), halves)
+        low = builder.and_(pairs, ir.Constant(halves, [15] * 2 * LANES))
+        high = builder.lshr(pairs, ir.Constant(halves, [4] * 2 * LANES))
+        (a, b), (c, d) = products(low, even), products(high, odd)
+        added = builder.add(builder.add(a, b), builder.add(c, d))
+        return builder.sitofp(builder.add(added, _memory(builder, start, _I32)), _FLOATS)
+
+    return VECTOR(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -227,6 +248,8 @@ def _scalar(element: ir.Type, numba_type: Any) -> tuple[Any, Any]:
 
 get_f32, set_f32 = _scalar(_F32, types.float32)
 get_u16, set_u16 = _scalar(ir.IntType(16), types.uint16)
+get_i16, set_i16 = _scalar(ir.IntType(16), types.int16)
+get_i32, set_i32 = _scalar(_I32, types.int32)
 
 
 @intrinsic

@@ -77,6 +77,11 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
 
 # Enough programs to fill a GPU of 132 multiprocessors: work is split further (heads over programs, headdim over programs) below these.
 FULL_GRID = 264
+# The scan's forward pass over few rows of many positions, cut into spans that are walked at once: so many programs in all, so many
+# positions in each span at least, so many spans at least.
+SPAN_GRID = 2 * FULL_GRID
+SPAN_POSITIONS = 128
+MIN_SPANS = 4
 # Programs of the norm's backward; each holds one partial sum of the weight's gradient.
 NORM_PROGRAMS = 528
 

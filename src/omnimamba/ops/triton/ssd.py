@@ -7,6 +7,9 @@ it.
   chunks reaches memory.
 - `states_kernel`: the same walk without the outputs. Forwards it writes the state that enters each chunk, backwards the gradient of the
   state that leaves it (the transposed recurrence: C and dy for B and dt x). Both exist only during a backward pass.
+- Long sequences of few rows are cut into spans of several chunks (`num_spans`): all spans but the last are first walked by `states_kernel`
+  from an empty state, at once, then all by `forward_kernel`, each from the state at its start. That is the recurrence once more, over the
+  spans before it: state <- decay of the span * state + what the span added.
 - `backward_kernel`: with those, chunks are independent. One program per row, chunk and some heads of a group recomputes the (q, q) matrices
   and sums the gradients of B and C over its heads in registers. Its partial sums over heads, rows and chunks are added by torch in a fixed
   order, not by atomics: gradients are the same in every run.
@@ -26,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnimamba.ops.triton.launch import FULL_GRID, Launch, dot_dtype, launch, tile
+from omnimamba.ops.triton.launch import FULL_GRID, MIN_SPANS, SPAN_GRID, SPAN_POSITIONS, Launch, dot_dtype, launch, tile
 
 # Names: o_ offsets, m_ masks, b_ values of a tile, p_ pointers. Tiles: [q, p] for x and y, [q, n] for B and C, [p, n] for states,
 # [t, s] for the (q, q) matrices, from position s to position t.
@@ -42,6 +45,12 @@ def operand(value, ROUND: tl.constexpr, DOT: tl.constexpr):
 def load_tile(p_first, o_row, o_column, num_rows, num_columns, stride_row):
     mask = (o_row < num_rows)[:, None] & (o_column < num_columns)[None, :]
     return tl.load(p_first + o_row[:, None] * stride_row + o_column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(p_first, value, o_row, o_column, num_rows, num_columns, stride_row):
+    mask = (o_row < num_rows)[:, None] & (o_column < num_columns)[None, :]
+    tl.store(p_first + o_row[:, None] * stride_row + o_column[None, :], value.to(p_first.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -61,35 +70,57 @@ def chunk_decay(b_sum, o_q):
     return tl.exp(tl.where(o_q[:, None] >= o_q[None, :], log, float("-inf")))
 
 
-@triton.jit(do_not_specialize=["l"])
+@triton.jit
+def walk(l, span, H: tl.constexpr):
+    """What a program walks over: row and head as one number and as two, the first position and how many there are."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(2).to(tl.int64) * span
+    return i_bh, i_bh // H, i_bh % H, first, tl.minimum(l - first, span).to(tl.int32)
+
+
+@triton.jit
+def first_state(initial, i_bh, o_p, o_n, P: tl.constexpr, N: tl.constexpr, HAS_INITIAL: tl.constexpr):
+    if HAS_INITIAL:
+        b_state = load_tile(initial + i_bh * P * N, o_p, o_n, P, N, N)
+    else:
+        b_state = tl.zeros((o_p.shape[0], o_n.shape[0]), tl.float32)
+    return b_state
+
+
+@triton.jit
+def next_state(b_state, b_x, b_B, b_total, ROUND: tl.constexpr, DOT: tl.constexpr):
+    """The state one chunk further. b_x: its inputs, times the decay up to the chunk's end."""
+    b_state *= tl.exp(b_total.to(tl.float32))
+    return tl.dot(tl.trans(operand(b_x, ROUND, DOT)), b_B, b_state, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["l", "span"])
 def forward_kernel(
-    x, dt, A, B, C, D, initial, y, final,
-    x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, l,
+    x, dt, A, B, C, D, initial, added, decays, y, final,
+    x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, l, span,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_INITIAL: tl.constexpr,
     Q: tl.constexpr, TILE_P: tl.constexpr, TILE_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    i_bh = tl.program_id(0).to(tl.int64)
-    i_b = i_bh // H
-    i_h = i_bh % H
+    """added: [spans - 1, b, h, p, n], decays: [spans - 1, b, h], of all spans but the last; span: positions of each, whole chunks."""
+    i_bh, i_b, i_h, first, length = walk(l, span, H)
     o_q = tl.arange(0, Q)
     o_p = tl.program_id(1) * TILE_P + tl.arange(0, TILE_P)
     o_n = tl.arange(0, TILE_N)
     dtype: tl.constexpr = x.dtype.element_ty
     a = tl.load(A + i_h)
     d = tl.load(D + i_h)
-    m_state = (o_p < P)[:, None] & (o_n < N)[None, :]
-    o_state = i_bh * P * N + o_p[:, None] * N + o_n[None, :]
-    if HAS_INITIAL:
-        b_state = tl.load(initial + o_state, mask=m_state, other=0.0)
-    else:
-        b_state = tl.zeros((TILE_P, TILE_N), tl.float32)
-    p_x = x + i_b * x_b + i_h * x_h
-    p_dt = dt + i_b * dt_b + i_h * dt_h
-    p_B = B + i_b * B_b + (i_h // R) * B_g
-    p_C = C + i_b * C_b + (i_h // R) * C_g
-    p_y = y + i_b * l * H * P + i_h * P
-    for i_c in range(tl.cdiv(l, Q)):
-        left = l - i_c * Q  # positions from the chunk's start on
+    b_state = first_state(initial, i_bh, o_p, o_n, P, N, HAS_INITIAL)
+    for i in range(tl.program_id(2)):
+        i_part = i * tl.num_programs(0) + i_bh
+        b_state *= tl.load(decays + i_part)
+        b_state += load_tile(added + i_part * P * N, o_p, o_n, P, N, N)
+    p_x = x + i_b * x_b + i_h * x_h + first * x_l
+    p_dt = dt + i_b * dt_b + i_h * dt_h + first * dt_l
+    p_B = B + i_b * B_b + (i_h // R) * B_g + first * B_l
+    p_C = C + i_b * C_b + (i_h // R) * C_g + first * C_l
+    p_y = y + ((i_b * l + first) * H + i_h) * P
+    for i_c in range(tl.cdiv(length, Q)):
+        left = length - i_c * Q  # positions from the chunk's start on
         b_x = load_tile(p_x, o_q, o_p, left, P, x_l).to(tl.float32)
         b_B = load_tile(p_B, o_q, o_n, left, N, B_l).to(DOT)
         b_C = load_tile(p_C, o_q, o_n, left, N, C_l).to(DOT)
@@ -98,59 +129,61 @@ def forward_kernel(
         b_scores = tl.dot(b_C, tl.trans(b_B), input_precision="ieee") * chunk_decay(b_sum, o_q)
         b_y = tl.dot(b_C, tl.trans(operand(b_state, dtype, DOT)), input_precision="ieee") * tl.exp(b_sum.to(tl.float32))[:, None]
         b_y = tl.dot(operand(b_scores, dtype, DOT), operand(b_xdt, dtype, DOT), b_y, input_precision="ieee")
-        b_y += b_x * d
-        tl.store(p_y + o_q[:, None] * (H * P) + o_p[None, :], b_y.to(dtype), mask=(o_q < left)[:, None] & (o_p < P)[None, :])
+        store_tile(p_y, b_y + b_x * d, o_q, o_p, left, P, H * P)
         b_xdt *= tl.exp((b_total - b_sum).to(tl.float32))[:, None]
-        b_state *= tl.exp(b_total.to(tl.float32))
-        b_state = tl.dot(tl.trans(operand(b_xdt, dtype, DOT)), b_B, b_state, input_precision="ieee")
+        b_state = next_state(b_state, b_xdt, b_B, b_total, dtype, DOT)
         p_x += Q * x_l
         p_dt += Q * dt_l
         p_B += Q * B_l
         p_C += Q * C_l
         p_y += Q * H * P
-    tl.store(final + o_state, b_state, mask=m_state)
+    if tl.program_id(2) == tl.num_programs(2) - 1:
+        store_tile(final + i_bh * P * N, b_state, o_p, o_n, P, N, N)
 
 
-@triton.jit(do_not_specialize=["l"])
+@triton.jit(do_not_specialize=["l", "span"])
 def states_kernel(
-    x, dt, A, B, initial, states, final,
-    x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, l,
-    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
+    x, dt, A, B, initial, states, final, decays,
+    x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, l, span,
+    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_STATES: tl.constexpr, REVERSE: tl.constexpr,
     Q: tl.constexpr, TILE_P: tl.constexpr, TILE_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """states: [b, chunks, h, p, n] in x's dtype, that of the products they go into.
+    """final: [spans, b, h, p, n], where the walk of each span ends. Beside it
+
+    - HAS_STATES, one span: states [b, chunks, h, p, n] in x's dtype, that of the products they go into;
+    - else: decays [spans, b, h].
 
     REVERSE: x is dy, B is C, `initial` the gradient of the final state, `final` that of the initial one.
     """
-    i_bh = tl.program_id(0).to(tl.int64)
-    i_b = i_bh // H
-    i_h = i_bh % H
+    i_bh, i_b, i_h, first, length = walk(l, span, H)
+    i_part = tl.program_id(2) * tl.num_programs(0) + i_bh
     o_q = tl.arange(0, Q)
     o_p = tl.program_id(1) * TILE_P + tl.arange(0, TILE_P)
     o_n = tl.arange(0, TILE_N)
     dtype: tl.constexpr = x.dtype.element_ty
     a = tl.load(A + i_h)
-    m_state = (o_p < P)[:, None] & (o_n < N)[None, :]
-    o_state = o_p[:, None] * N + o_n[None, :]
-    if HAS_INITIAL:
-        b_state = tl.load(initial + i_bh * P * N + o_state, mask=m_state, other=0.0)
-    else:
-        b_state = tl.zeros((TILE_P, TILE_N), tl.float32)
-    num_c = tl.cdiv(l, Q)
+    b_state = first_state(initial, i_bh, o_p, o_n, P, N, HAS_INITIAL)
+    b_log = tl.zeros((), tl.float64)
+    num_c = tl.cdiv(length, Q)
     for i in range(num_c):
         i_c = tl.cast(num_c - 1 - i if REVERSE else i, tl.int64)
-        left = l - i_c * Q
-        b_x = load_tile(x + i_b * x_b + i_h * x_h + i_c * Q * x_l, o_q, o_p, left, P, x_l).to(tl.float32)
-        b_B = load_tile(B + i_b * B_b + (i_h // R) * B_g + i_c * Q * B_l, o_q, o_n, left, N, B_l).to(DOT)
-        b_dt, b_sum, b_total = load_decay(dt + i_b * dt_b + i_h * dt_h + i_c * Q * dt_l, a, o_q, left, dt_l)
-        tl.store(states + ((i_b * num_c + i_c) * H + i_h) * P * N + o_state, b_state.to(dtype), mask=m_state)
+        left = length - i_c * Q
+        i_l = first + i_c * Q
+        b_x = load_tile(x + i_b * x_b + i_h * x_h + i_l * x_l, o_q, o_p, left, P, x_l).to(tl.float32)
+        b_B = load_tile(B + i_b * B_b + (i_h // R) * B_g + i_l * B_l, o_q, o_n, left, N, B_l).to(DOT)
+        b_dt, b_sum, b_total = load_decay(dt + i_b * dt_b + i_h * dt_h + i_l * dt_l, a, o_q, left, dt_l)
+        if HAS_STATES:
+            store_tile(states + ((i_b * num_c + i_c) * H + i_h) * P * N, b_state, o_p, o_n, P, N, N)
         if REVERSE:
             b_x *= tl.exp(b_sum.to(tl.float32))[:, None]
         else:
             b_x *= (b_dt * tl.exp((b_total - b_sum).to(tl.float32)))[:, None]
-        b_state *= tl.exp(b_total.to(tl.float32))
-        b_state = tl.dot(tl.trans(operand(b_x, dtype, DOT)), b_B, b_state, input_precision="ieee")
-    tl.store(final + i_bh * P * N + o_state, b_state, mask=m_state)
+        b_state = next_state(b_state, b_x, b_B, b_total, dtype, DOT)
+        b_log += b_total
+    store_tile(final + i_part * P * N, b_state, o_p, o_n, P, N, N)
+    if not HAS_STATES:
+        tl.store(decays + i_part, tl.exp(b_log.to(tl.float32)))
 
 
 @triton.jit(do_not_specialize=["l"])
@@ -238,19 +271,25 @@ class SsdChunkScan(torch.autograd.Function):
     """x, B, C: one dtype; dt, A, D, initial: fp32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor | None, spans: int | None
+    ) -> tuple[Tensor, Tensor]:
         x, B, C = (m if m.stride(3) == 1 else m.contiguous() for m in (x, B, C))
         A, D, initial = A.contiguous(), D.contiguous(), None if initial is None else initial.contiguous()
         b, l, h, p = x.shape
         n = B.shape[3]
         y = torch.empty((b, l, h, p), dtype=x.dtype, device=x.device)
         final = torch.empty((b, h, p, n), dtype=torch.float32, device=x.device)
-        tile_p = split_headdim(b * h, p)
+        spans = num_spans(b * h, l) if spans is None else spans
+        tile_p = split_headdim(b * h, p) if spans == 1 else tile(p)
         choice = ssd_launch("ssd_forward", x, n)
         # On an H100, Triton 3.6 gives wrong outputs where the products of one loop have 64 rows (a chunk) and 32 (a part of headdim).
         choice = choice._replace(rows=min(choice.rows, tile_p))
-        forward_kernel[b * h, triton.cdiv(p, tile_p)](
-            x, dt, A, B, C, D, final if initial is None else initial, y, final, *strides(x, dt, B, C), l,
+        span = triton.cdiv(l, spans * chunk_rows(choice, l)) * chunk_rows(choice, l)
+        spans = triton.cdiv(l, span)
+        added, decays = walk_spans(x, dt, A, B, span, spans - 1, choice.rows) if spans > 1 else (final, final)
+        forward_kernel[b * h, triton.cdiv(p, tile_p), spans](
+            x, dt, A, B, C, D, final if initial is None else initial, added, decays, y, final, *strides(x, dt, B, C), l, span,
             HAS_INITIAL=initial is not None, **sizes(x, B, choice, TILE_P=tile_p),
         )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, D, initial)
@@ -276,9 +315,9 @@ class SsdChunkScan(torch.autograd.Function):
         tile_p = split_headdim(b * h, p)
         for inputs, first, states, end, is_reverse in ((x, initial, entering, last, False), (dy, dfinal, leaving, dinitial, True)):
             weights = C if is_reverse else B
-            states_kernel[b * h, triton.cdiv(p, tile_p)](
-                inputs, dt, A, weights, end if first is None else first, states, end, *strides(inputs, dt, weights), l,
-                HAS_INITIAL=first is not None, REVERSE=is_reverse, **sizes(x, B, states_choice, TILE_P=tile_p),
+            states_kernel[b * h, triton.cdiv(p, tile_p), 1](
+                inputs, dt, A, weights, end if first is None else first, states, end, end, *strides(inputs, dt, weights), l, l,
+                HAS_INITIAL=first is not None, HAS_STATES=True, REVERSE=is_reverse, **sizes(x, B, states_choice, TILE_P=tile_p),
             )  # fmt: skip
 
         splits = head_splits(b * num_c * g, h // g)
@@ -291,7 +330,7 @@ class SsdChunkScan(torch.autograd.Function):
             SPLITS=splits, **sizes(x, B, choice),
         )  # fmt: skip
         dB, dC = (m.squeeze(3) if splits == 1 else m.sum(3).to(B.dtype) for m in (dB, dC))
-        return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dinitial if ctx.needs_input_grad[6] else None
+        return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dinitial if ctx.needs_input_grad[6] else None, None
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -315,6 +354,29 @@ def sizes(x: Tensor, B: Tensor, choice: Launch, **changed: int) -> dict[str, Any
     return {"H": h, "R": h // g, "P": p, "N": n, "num_warps": choice.num_warps, "num_stages": choice.num_stages} | tiles | changed
 
 
+def walk_spans(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, span: int, spans: int, rows: int) -> tuple[Tensor, Tensor]:
+    """What each of the first `spans` spans adds to the state, [spans, b, h, p, n], and its decay over the span, [spans, b, h]."""
+    b, l, h, p = x.shape
+    n = B.shape[3]
+    added = torch.empty((spans, b, h, p, n), dtype=torch.float32, device=x.device)
+    decays = torch.empty((spans, b, h), dtype=torch.float32, device=x.device)
+    states_kernel[b * h, 1, spans](
+        x, dt, A, B, added, added, added, decays, *strides(x, dt, B), l, span,
+        HAS_INITIAL=False, HAS_STATES=False, REVERSE=False, **sizes(x, B, ssd_launch("ssd_states", x, n)._replace(rows=rows)),
+    )  # fmt: skip
+    return added, decays
+
+
+def num_spans(num_walks: int, l: int) -> int:
+    """Spans that `l` positions of each of `num_walks` rows and heads are cut into: 1 where the walks fill the GPU, or are short.
+
+    Every position but those of the last span is read twice, and whole heads replace halves of them (`split_headdim`): a few spans do not
+    make up for that.
+    """
+    spans = min(SPAN_GRID // num_walks, l // SPAN_POSITIONS)
+    return spans if spans >= MIN_SPANS else 1
+
+
 def split_headdim(num_programs: int, p: int) -> int:
     """The tile of headdim: half of it where whole heads would leave multiprocessors idle (prefill of one sequence)."""
     return tile(p) if num_programs >= FULL_GRID else max(16, tile(p) // 2)
@@ -329,9 +391,20 @@ def head_splits(num_programs: int, heads_per_group: int) -> int:
 
 
 def ssd_chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    initial_state: Tensor | None = None,
+    spans: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`omnimamba.ops.ssd_chunk_scan` for an x of at least one position."""
+    """`omnimamba.ops.ssd_chunk_scan` for an x of at least one position.
+
+    spans: the most that the forward pass may cut the sequence into, for comparisons; None takes `num_spans`.
+    """
     initial_state = None if initial_state is None else initial_state.float()
     with torch.cuda.device_of(x):
-        return SsdChunkScan.apply(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float(), initial_state)
+        return SsdChunkScan.apply(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float(), initial_state, spans)

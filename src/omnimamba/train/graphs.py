@@ -1,0 +1,107 @@
+"""Training steps as CUDA graphs: a step that has been recorded is one launch, where Python would make some thousand.
+
+A recording works on fixed addresses and shapes. So each set of shapes that batches come in has buffers of its own; a batch is copied into
+them, and the step runs on them: the first time from Python, which compiles kernels and makes the optimizer's state, the second time it is
+recorded, and from then on the recording plays. All three compute the same, to the bit, dropout included: a graph draws from the generators
+as they are seeded when it plays.
+
+What a step keeps must stay where it is: weights, the optimizer's state and the learning rate (a tensor, see `optim.adamw`). Gradients come
+and go within it. What changes from step to step must come in through the batch, the generators or the learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Figures = dict[str, Tensor]
+Batch = Mapping[Any, Any]  # of NamedTuples of tensors and None
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+def mapped(batch: AnyBatch, change: Callable[[Tensor], Tensor]) -> AnyBatch:
+    """The batch with each of its tensors changed."""
+    return {key: type(part)(*(None if tensor is None else change(tensor) for tensor in part)) for key, part in batch.items()}  # type: ignore[return-value]
+
+
+def shapes_of(batch: Batch) -> Hashable:
+    return tuple((key, *(None if tensor is None else tensor.shape for tensor in part)) for key, part in batch.items())
+
+
+class Recorder(Protocol):
+    def run(self, step: Callable[[], Figures]) -> Figures:
+        """What a step returns that runs from Python, with the surroundings that a recording has."""
+        ...
+
+    def record(self, step: Callable[[], Figures]) -> Callable[[], Figures]:
+        """A recording of the step, which has not run yet. It returns the same tensors whenever it plays, with new values."""
+        ...
+
+
+class GraphRecorder:
+    """CUDA graphs on one stream. They share one memory pool, for none reads what another has left there."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        """generator: what steps draw from beside the default one."""
+        self.generator = generator
+        self.stream, self.pool = torch.cuda.Stream(generator.device), torch.cuda.graph_pool_handle()
+
+    def run(self, step: Callable[[], Figures]) -> Figures:
+        outer = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(outer)
+        with torch.cuda.stream(self.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)  # it will be captured
+            figures = step()
+        outer.wait_stream(self.stream)
+        return figures
+
+    def record(self, step: Callable[[], Figures]) -> Callable[[], Figures]:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        # thread_local: the thread that makes batches allocates and copies meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            figures = step()
+
+        def play() -> Figures:
+            graph.replay()
+            return figures
+
+        return play
+
+
+@dataclasses.dataclass
+class _Bucket:
+    batch: Batch
+    """The buffers."""
+    play: Callable[[], Figures] | None = None
+    has_run: bool = False
+
+
+class RecordedSteps:
+    """A training step that is recorded for each set of shapes; `run(batch, step)` may not depend on the step's number."""
+
+    def __init__(self, run: Callable[[Batch, int], Figures], device: torch.device, recorder: Recorder) -> None:
+        self.run, self.device, self.recorder = run, device, recorder
+        self.buckets: dict[Hashable, _Bucket] = {}
+
+    def __call__(self, batch: Batch, step: int) -> Figures:
+        """What `run` returns. The next step may overwrite it."""
+        key = shapes_of(batch)
+        if key not in self.buckets:
+            self.buckets[key] = _Bucket(mapped(batch, lambda tensor: torch.empty_like(tensor, device=self.device)))
+        bucket = self.buckets[key]
+        for name, part in batch.items():
+            for buffer, tensor in zip(bucket.batch[name], part, strict=True):
+                if tensor is not None:
+                    buffer.copy_(tensor, non_blocking=True)
+        if not bucket.has_run:
+            bucket.has_run = True
+            return self.recorder.run(lambda: self.run(bucket.batch, step))
+        if bucket.play is None:
+            bucket.play = self.recorder.record(lambda: self.run(bucket.batch, step))
+        return bucket.play()

@@ -1,0 +1,44 @@
+"""The training benchmark: its recipes can be read, and its checks and figures hold for the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_its_recipes(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import train as benchmark
+
+    for case in benchmark.CASES.values():
+        for variant in benchmark.VARIANTS:
+            recipe = benchmark.made_up(case, variant, tmp_path, 4, 2)
+            assert (recipe.train.graphs, recipe.train.recompute) == ("graphs" in variant, "recompute" in variant)
+            assert bool(recipe.train.mmu_batch) == bool(case.answer) and recipe.data.folder == str(tmp_path)
+    assert {
+        name: (r.train.mmu_batch, r.train.t2i_batch)
+        for name, r in ((n, benchmark.made_up(c, "python", tmp_path, 4, 2)) for n, c in benchmark.CASES.items())
+    } == {
+        "1.3b stage 2": (3, 48),
+        "1.3b stage 1 T2I": (0, 90),
+        "nano stage 2": (320, 224),
+        "tiny": (6, 4),
+    }
+
+
+@pytest.mark.slow
+def test_its_figures(tmp_path):
+    out = tmp_path / "train.json"
+    command = [sys.executable, BENCHMARKS / "train.py", "--cpu", "--cases", "tiny", "--steps", "2", "--json", out]
+    command += ["--variants", "python", "recompute, chunk"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(out.read_text())
+    assert report == json.loads(result.stdout.splitlines()[-1])
+    for figures in report["cases"]["tiny"].values():
+        assert figures["tokens/s"] > figures["steps/s"] > 0 and 0 < figures["MFU"] < 1
