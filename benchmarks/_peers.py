@@ -167,12 +167,12 @@ def compiled(decoding: Decoding, rewind: Callable[[], None]) -> Callable[[], Non
     return decoding.step
 
 
-def mamba2_decoding(model: Any) -> Decoding:
-    """transformers' Mamba-2 after a short prompt; its time does not depend on the length."""
+def mamba2_decoding(model: Any, prompt_length: int = PROMPT_LENGTH) -> Decoding:
+    """transformers' Mamba-2 after a prompt; its time does not depend on the length."""
     from transformers import DynamicCache
 
     decoding = Decoding(model, DynamicCache(config=model.config))
-    decoding.prefill(PROMPT_LENGTH)
+    decoding.prefill(prompt_length)
     return decoding
 
 

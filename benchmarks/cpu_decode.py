@@ -1,22 +1,22 @@
-"""Times prefill and decode on the CPU at the shape of the 1.3B model, random weights, one sequence, beside transformers' Mamba-2.
+"""Times prefill and decode on the CPU at the shape of the 1.3B model, random weights, one sequence, beside other systems.
 
     PYTHONPATH=src python3 benchmarks/cpu_decode.py --json out.json
 
-Ours runs through the engine, from a request to sampled tokens; transformers through its model with a cache, greedy. A case is timed in
-short repeats and the best one counts, since other programs may use the cores: the load is printed. Bytes per token count every weight
-that a step reads once, the state read and written once; their rate stands beside the read bandwidth, the better of two measurements
-around each case. At most
-about 6 GB of memory: models are made tensor by tensor in the type that they run in. llama.cpp is not run: llama-cpp-python is compiled
-when it is installed. The last line on stdout is JSON.
+Ours runs through the engine, from a request to sampled tokens; transformers' Mamba-2 and llama.cpp through their models with a cache. A
+case is timed in short repeats and the best one counts, since other programs may use the cores: the load is printed. Bytes per token count
+every weight that a step reads once, the state read and written once; their rate stands beside the read bandwidth, the better of two
+measurements around each case. At most about 6 GB of memory: models are made tensor by tensor in the type that they run in. llama.cpp runs
+if llama-cpp-python and gguf are installed (`pip install llama-cpp-python gguf` compiles it), and is named as missing if not. The last line
+on stdout is JSON.
 """
 
 import argparse
 import dataclasses
 import gc
-import json
+import importlib.util
+import itertools
 import os
-import platform
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +26,13 @@ from typing import Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import _llama_cpp
 import torch
-from torch import Tensor, nn
+from _measure import read_bandwidth
+from _model import step_bytes
+from _peers import causal_model, mamba2_decoding, mamba2_shape, num_bytes
+from _report import add_json_option, begin, finish
+from torch import Tensor
 
 from omnimamba.config import OmniMambaConfig, Quantization, Task, preset
 from omnimamba.engine.engine import Engine
@@ -38,7 +43,7 @@ from omnimamba.model.quantize import parameters
 from omnimamba.model.state import MambaState
 from omnimamba.ops.quant import QuantizedWeight, quantize
 
-CASES = ("float32", "bfloat16", "int8", "fp8", "int4", "transformers")
+CASES = ("float32", "bfloat16", "int8", "fp8", "int4", "transformers", "llama.cpp Q8_0", "llama.cpp Q4_0")
 REPEAT_TOKENS = 8
 STD = 0.02
 
@@ -67,20 +72,6 @@ def random_model(config: OmniMambaConfig, case: str) -> OmniMambaModel:
             values[name] = made[like.shape, like.dtype].clone()
     model.load_state_dict(values, assign=True)
     return model
-
-
-def bytes_per_token(model: nn.Module, config: OmniMambaConfig, task: Task) -> int:
-    """Read and written by a step of one sequence: backbone, the LoRA and the head of the task, the state twice."""
-    head = "image_embedding" if task is Task.T2I else "text_embedding"
-    other_lora = tuple(f".{other}" for other in Task if other is not task)
-    read = sum(num for name, _, num in parameters(model) if name.startswith(("backbone.", head)) and not name.endswith(other_lora))
-    return read + 2 * MambaState.zeros(config.backbone, 1, device="meta").bytes_per_slot
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of summing 256 MiB, the best of 20."""
-    values = torch.ones(2**26)
-    return values.nbytes / best(values.sum, 20)
 
 
 def best(run: Callable[[], Any], repeats: int) -> float:
@@ -117,89 +108,74 @@ def ours(config: OmniMambaConfig, case: str, prompt_length: int, repeats: int) -
         rate = best_rate(events, repeats)
         events.close()
         figures[f"{task} decode tokens/s"] = rate
-        figures[f"{task} decode GB/s"] = bytes_per_token(model, config, task) * rate / 1e9
+        figures[f"{task} decode GB/s"] = step_bytes(model, engine.runner.state, task) * rate / 1e9
     request = Request(Task.MMU, tuple(range(100, 100 + prompt_length)), sampling=SamplingParams(seed=0, max_new_tokens=1))
     figures["prefill tokens/s"] = prompt_length / best(lambda: engine.run([request]), max(2, repeats // 4))
     return figures
 
 
-@torch.no_grad()
 def transformers_figures(config: OmniMambaConfig, prompt_length: int, repeats: int) -> dict[str, Any]:
     """The same rates of transformers' Mamba-2 in bf16 with the text head; it has no LoRA."""
-    from transformers import DynamicCache, Mamba2Config, Mamba2ForCausalLM
-
-    backbone = config.backbone
-    theirs = Mamba2Config(
-        num_heads=backbone.nheads,
-        head_dim=backbone.headdim,
-        hidden_size=backbone.d_model,
-        state_size=backbone.d_state,
-        num_hidden_layers=backbone.n_layer,
-        expand=backbone.expand,
-        conv_kernel=backbone.d_conv,
-        n_groups=backbone.ngroups,
-        chunk_size=backbone.chunk_size,
-        vocab_size=config.text_vocab_size,
-        tie_word_embeddings=True,
-    )
-    with torch.device("meta"):
-        model: Any = Mamba2ForCausalLM(theirs)
-    model.to(torch.bfloat16).to_empty(device="cpu")
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter.fill_(STD)
-    cache = DynamicCache(config=theirs)
-    model(torch.full((1, 16), 100), cache=cache, use_cache=True)
-
-    def steps() -> Iterator[None]:
-        token = torch.full((1, 1), 100)
-        while True:
-            token = model(token, cache=cache, use_cache=True).logits.argmax(-1)
-            yield
-
-    rate = best_rate(steps(), repeats)
-    moved = sum(p.nbytes for p in model.parameters()) + 2 * MambaState.zeros(backbone, 1, device="meta").bytes_per_slot
-    prompt = torch.full((1, prompt_length), 100)
-    prefill = best(lambda: model(prompt, cache=DynamicCache(config=theirs), use_cache=True, logits_to_keep=1), 2)
+    model = causal_model(mamba2_shape(config.backbone, config.text_vocab_size), "cpu")
+    decoding = mamba2_decoding(model)
+    rate = best_rate((decoding.step() for _ in itertools.count()), repeats)
+    moved = num_bytes(model) + 2 * MambaState.zeros(config.backbone, 1, device="meta").bytes_per_slot
     return {
-        "weights GB": sum(p.nbytes for p in model.parameters()) / 1e9,
+        "weights GB": num_bytes(model) / 1e9,
         "mmu decode tokens/s": rate,
         "mmu decode GB/s": moved * rate / 1e9,
-        "prefill tokens/s": prompt_length / prefill,
+        "prefill tokens/s": prompt_length / best(lambda: mamba2_decoding(model, prompt_length), 2),
     }
 
 
+def llama_cpp_figures(config: OmniMambaConfig, kind: str, prompt_length: int, repeats: int) -> dict[str, Any]:
+    """The same rates of llama.cpp with the text head; it has no LoRA."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mamba2.gguf"
+        _llama_cpp.write_model(path, config.backbone, config.text_vocab_size, kind)
+        rate, prefill = _llama_cpp.rates(path, prompt_length, REPEAT_TOKENS, repeats, torch.get_num_threads())
+        size = path.stat().st_size
+    moved = size + 2 * MambaState.zeros(config.backbone, 1, device="meta").bytes_per_slot
+    return {
+        "weights GB": size / 1e9,
+        "mmu decode tokens/s": rate,
+        "mmu decode GB/s": moved * rate / 1e9,
+        "prefill tokens/s": prefill,
+    }
+
+
+def figures_of(config: OmniMambaConfig, case: str, prompt_length: int, repeats: int) -> dict[str, Any]:
+    if case == "transformers":
+        return transformers_figures(config, prompt_length, repeats)
+    if case.startswith("llama.cpp"):
+        return llama_cpp_figures(config, case.split()[1], prompt_length, repeats)
+    return ours(config, case, prompt_length, repeats)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prefill and decode on the CPU: float, quantised, and transformers' Mamba-2.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["bfloat16", "int8", "int4", "transformers"])
+    parser = argparse.ArgumentParser(description="Prefill and decode on the CPU: float, quantised, and other systems.")
+    add_json_option(parser)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[case for case in CASES if case not in ("float32", "fp8")])
     parser.add_argument("--preset", default="1.3b", help="whose language model is timed, without towers")
     parser.add_argument("--prompt-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=12)
     arguments = parser.parse_args()
     config = dataclasses.replace(preset(arguments.preset), towers={})
-    report: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": " ".join(sys.argv),
-        "load before": os.getloadavg()[0],
-        "cases": {},
-    }
+    report = begin("cpu", **{"load before": os.getloadavg()[0]})
+    report["cases"] = {}
     for case in arguments.cases:
-        measure = transformers_figures if case == "transformers" else lambda *sizes, case=case: ours(sizes[0], case, *sizes[1:])
-        bandwidth = read_bandwidth()
-        figures = measure(config, arguments.prompt_length, arguments.repeats)
-        figures["read GB/s"] = max(bandwidth, read_bandwidth()) / 1e9
+        if case.startswith("llama.cpp") and not all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))):
+            print(f"{case}: not run, llama-cpp-python or gguf is not installed", flush=True)
+            continue
+        bandwidth = read_bandwidth("cpu")
+        figures = figures_of(config, case, arguments.prompt_length, arguments.repeats)
+        figures["read GB/s"] = max(bandwidth, read_bandwidth("cpu")) / 1e9
         for task in (task for task in Task if f"{task} decode GB/s" in figures):
             figures[f"{task} decode share"] = figures[f"{task} decode GB/s"] / figures["read GB/s"]
         report["cases"][case] = figures
         print(case, *(f"{name} {value:.3g}" for name, value in figures.items()), f"load {os.getloadavg()[0]:.1f}", sep="   ", flush=True)
         gc.collect()
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(report, arguments.json)
 
 
 if __name__ == "__main__":

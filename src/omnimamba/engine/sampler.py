@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from omnimamba.engine.request import SamplingParams
+from omnimamba.ops.plain_path import missing_for_kernels
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+MIX_GAMMA = 0x9E3779B97F4A7C15
+MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _MASK = 2**64 - 1
 
 
@@ -52,12 +53,12 @@ def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Ten
 
 def stream_key(seed: int, sample_idx: int) -> int:
     """The 64-bit key of one sample's random stream."""
-    return _mix_int(_mix_int(seed) + sample_idx * _GAMMA)
+    return _mix_int(_mix_int(seed) + sample_idx * MIX_GAMMA)
 
 
 def _mix_int(z: int) -> int:
-    z = (z + _GAMMA) & _MASK
-    for shift, factor in _MIX:
+    z = (z + MIX_GAMMA) & _MASK
+    for shift, factor in MIX_ROUNDS:
         z = ((z ^ (z >> shift)) * factor) & _MASK
     return z
 
@@ -69,8 +70,8 @@ def signed(z: int) -> int:
 
 def _mix(z: Tensor) -> Tensor:
     """`_mix_int` for int64 tensors, whose products wrap around."""
-    z = z + signed(_GAMMA)
-    for shift, factor in _MIX:
+    z = z + signed(MIX_GAMMA)
+    for shift, factor in MIX_ROUNDS:
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
     return z
 
@@ -78,7 +79,7 @@ def _mix(z: Tensor) -> Tensor:
 def gumbel_noise(keys: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [b, v] in fp32. keys: [b] stream keys as int64; steps: [b] index of the token to draw."""
     token_ids = torch.arange(vocab_size, device=keys.device)
-    bits = _mix(_mix(keys + steps * signed(_GAMMA))[:, None] + token_ids * signed(_GAMMA))
+    bits = _mix(_mix(keys + steps * signed(MIX_GAMMA))[:, None] + token_ids * signed(MIX_GAMMA))
     u = (((bits >> 11) & (2**53 - 1)).float() + 0.5) * 2.0**-53
     # small u win, and fp32 is fine near 0; u that rounds to 1 would give -inf, the mark of an excluded token
     return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
@@ -115,6 +116,15 @@ class SamplingRows:
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """Token ids [b]. logits: [b, v] after guidance; -inf excludes a token."""
     logits = logits.float()
+    if logits.device.type == "cpu" and missing_for_kernels("numba") is None:
+        from omnimamba.engine import cpu_sampler  # Numba takes a moment to load
+
+        return cpu_sampler.sample(logits, rows)
+    return plain_sample(logits, rows)
+
+
+def plain_sample(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """The definition of `sample`. logits: [b, v] fp32."""
     if rows.all_greedy:
         return logits.argmax(-1)
     scores = temper(logits, rows.temperature)
