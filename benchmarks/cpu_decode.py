@@ -128,19 +128,18 @@ def transformers_figures(config: OmniMambaConfig, prompt_length: int, repeats: i
     }
 
 
-def llama_cpp_figures(config: OmniMambaConfig, kind: str, prompt_length: int, repeats: int) -> dict[str, Any]:
-    """The same rates of llama.cpp with the text head; it has no LoRA."""
+def llama_cpp_figures(config: OmniMambaConfig, kind: str, repeats: int) -> dict[str, Any]:
+    """The rate of decoding of llama.cpp with the text head; it has no LoRA."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mamba2.gguf"
         _llama_cpp.write_model(path, config.backbone, config.text_vocab_size, kind)
-        rate, prefill = _llama_cpp.rates(path, prompt_length, REPEAT_TOKENS, repeats, torch.get_num_threads())
+        rate = _llama_cpp.tokens_per_second(path, REPEAT_TOKENS, repeats, torch.get_num_threads())
         size = path.stat().st_size
     moved = size + 2 * MambaState.zeros(config.backbone, 1, device="meta").bytes_per_slot
     return {
         "weights GB": size / 1e9,
         "mmu decode tokens/s": rate,
         "mmu decode GB/s": moved * rate / 1e9,
-        "prefill tokens/s": prefill,
     }
 
 
@@ -148,7 +147,7 @@ def figures_of(config: OmniMambaConfig, case: str, prompt_length: int, repeats: 
     if case == "transformers":
         return transformers_figures(config, prompt_length, repeats)
     if case.startswith("llama.cpp"):
-        return llama_cpp_figures(config, case.split()[1], prompt_length, repeats)
+        return llama_cpp_figures(config, case.split()[1], repeats)
     return ours(config, case, prompt_length, repeats)
 
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-from omnimamba.config import EOS_TOKEN, SPECIAL_TOKENS, OmniMambaConfig, preset
+from omnimamba.config import SPECIAL_TOKENS, OmniMambaConfig, preset
+from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.processor.tokenizer import TextTokenizer
 
@@ -15,18 +16,8 @@ TEXT = ["a red apple on a table", "what is shown in the image? an apple.", "In: 
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[AddedToken(EOS_TOKEN, special=True)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
+    train_text_tokenizer(TEXT, 300).save(str(path))
     return path
 
 

@@ -70,6 +70,7 @@ def product(name, weight, x, *, out=None, thread=(0, 1)):
     if values is None:
         quantized = quantize(weight, name)
         values, scale, matrix = quantized.values, quantized.scale * (256 if name == "fp8" else 1), quantized.dequantize()
+        scale = scale.bfloat16() if name == "int4" else scale
     else:
         matrix = values.float()
     stride = k + k // decode.GROUP_SIZE + decode.LANES

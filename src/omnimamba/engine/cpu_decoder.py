@@ -154,5 +154,5 @@ def scale_of(weight: QuantizedWeight) -> Tensor:
     """The scales of a matrix as the kernels want them: they read float8 as a 256th of what it stands for, and what a LoRA pair adds to a
     row is divided by its scale, which must not be next to nothing because the row is zero."""
     if weight.scheme == "int4":
-        return weight.scale
+        return weight.scale.bfloat16()  # exact: that is what they are
     return weight.scale.clamp_min(1e-30) * (256 if weight.scheme == "fp8" else 1)

@@ -140,7 +140,7 @@ class Matrix(NamedTuple):
     format: int
     values: int
     scale: int
-    """Of each row or, in INT4, of each group of a row; else none."""
+    """fp32 of each row or, in INT4, bf16 of each group of a row; else none."""
     num_rows: int
     num_columns: int
 
@@ -220,31 +220,27 @@ _one_fp8, _tile_fp8 = _products(load_fp8, 1)
 
 
 @jit
-def _one_int4(w, scale, x, k, a):
-    """As the products of the other formats. x: see `round_columns`; scale: of each group of the row."""
+def _two_int4(w0, w1, scale0, scale1, x, k, a0, a1):
+    """As the products of the other formats, of two rows of weights: one alone ends before its sums are out of the pipeline.
+
+    x: see `round_columns`; scale: of each group of a row, bf16.
+    """
     odd, starts, x_scale = x + k, x + 2 * k, get_f32(x + 3 * k)
-    b = full(float32(0))
-    c = b
-    groups = k // GROUP_SIZE
-    for i in range(0, groups - groups % 2, 2):
-        for line in range(0, GROUP_SIZE, LINE):
-            prefetch(w + i * GROUP_SIZE // 2 + line + AHEAD)
-        b = fma(_group_int4(w, x, odd, starts, i), full(get_f32(scale + FLOAT * i)), b)
-        c = fma(_group_int4(w, x, odd, starts, i + 1), full(get_f32(scale + FLOAT * (i + 1))), c)
-    if groups % 2:
-        b = fma(_group_int4(w, x, odd, starts, groups - 1), full(get_f32(scale + FLOAT * (groups - 1))), b)
-    return total(fma(b + c, full(x_scale), a))
-
-
-@jit
-def _group_int4(w, even, odd, starts, group):
-    i = group * GROUP_SIZE
-    return nibble_products(w + i // 2, even + i, odd + i, starts + i)
+    b0 = full(float32(0))
+    b1 = b0
+    for group in range(k // GROUP_SIZE):
+        i = group * GROUP_SIZE
+        if group % 2 == 0:
+            prefetch(w0 + i // 2 + AHEAD)
+            prefetch(w1 + i // 2 + AHEAD)
+        b0 = fma(nibble_products(w0 + i // 2, x + i, odd + i, starts + i), full(get_bf16(scale0 + 2 * group)), b0)
+        b1 = fma(nibble_products(w1 + i // 2, x + i, odd + i, starts + i), full(get_bf16(scale1 + 2 * group)), b1)
+    return total(fma(b0, full(x_scale), a0)), total(fma(b1, full(x_scale), a1))
 
 
 @jit
 def round_columns(x, k, y):
-    """Writes x [k] as `_one_int4` reads it: int16 numbers of x over a common scale, those of even columns [k / 2] and of odd ones [k / 2];
+    """Writes x [k] as `_two_int4` reads it: int16 numbers of x over a common scale, those of even columns [k / 2] and of odd ones [k / 2];
     of each group LANES int32 numbers whose sum takes off the 8 that nibbles have too much; the scale.
     """
     largest = float32(0)
@@ -280,17 +276,20 @@ def put_product(address, product, adds):
 @jit
 def multiply(matrix, x, out, adds, thread):
     """A thread's part of out = matrix x, or of out += matrix x. out: [x.num, matrix.num_rows]."""
-    form, k = matrix.format, matrix.num_columns
-    row_bytes = k // 2 if form == INT4 else k * (4 if form == F32 else 2 if form == BF16 else 1)
-    num_tiled = 0 if form == INT4 else x.num - x.num % TILE
-    first, last = part(matrix.num_rows, thread)
+    if matrix.format == INT4:
+        multiply_int4(matrix, x, out, adds, thread)
+        return
+    form, k, n = matrix.format, matrix.num_columns, matrix.num_rows
+    row_bytes = k * (4 if form == F32 else 2 if form == BF16 else 1)
+    num_tiled = x.num - x.num % TILE
+    first, last = part(n, thread)
     for j in range(first, last):
         w = matrix.values + row_bytes * j
         row_scale = get_f32(matrix.scale + FLOAT * j) if form == INT8 or form == FP8 else float32(1)
         for row in range(0, num_tiled, TILE):
             v = x.values + FLOAT * x.stride * row
-            a0, a1 = low_product(x, row, matrix.num_rows, j), low_product(x, row + 1, matrix.num_rows, j)
-            a2, a3 = low_product(x, row + 2, matrix.num_rows, j), low_product(x, row + 3, matrix.num_rows, j)
+            a0, a1 = low_product(x, row, n, j), low_product(x, row + 1, n, j)
+            a2, a3 = low_product(x, row + 2, n, j), low_product(x, row + 3, n, j)
             if form == INT8:
                 y0, y1, y2, y3 = _tile_int8(w, v, x.stride, k, a0, a1, a2, a3)
             elif form == BF16:
@@ -299,24 +298,40 @@ def multiply(matrix, x, out, adds, thread):
                 y0, y1, y2, y3 = _tile_fp8(w, v, x.stride, k, a0, a1, a2, a3)
             else:
                 y0, y1, y2, y3 = _tile_f32(w, v, x.stride, k, a0, a1, a2, a3)
-            at, step = out + FLOAT * (matrix.num_rows * row + j), FLOAT * matrix.num_rows
+            at = out + FLOAT * (n * row + j)
             put_product(at, y0 * row_scale, adds)
-            put_product(at + step, y1 * row_scale, adds)
-            put_product(at + 2 * step, y2 * row_scale, adds)
-            put_product(at + 3 * step, y3 * row_scale, adds)
+            put_product(at + FLOAT * n, y1 * row_scale, adds)
+            put_product(at + FLOAT * 2 * n, y2 * row_scale, adds)
+            put_product(at + FLOAT * 3 * n, y3 * row_scale, adds)
         for row in range(num_tiled, x.num):
-            v, a = x.values + FLOAT * x.stride * row, low_product(x, row, matrix.num_rows, j)
+            v, a = x.values + FLOAT * x.stride * row, low_product(x, row, n, j)
             if form == INT8:
                 y = _one_int8(w, v, k, a)
-            elif form == INT4:
-                y = _one_int4(w, matrix.scale + FLOAT * j * (k // GROUP_SIZE), v, k, a)
             elif form == BF16:
                 y = _one_bf16(w, v, k, a)
             elif form == FP8:
                 y = _one_fp8(w, v, k, a)
             else:
                 y = _one_f32(w, v, k, a)
-            put_product(out + FLOAT * (matrix.num_rows * row + j), y * row_scale, adds)
+            put_product(out + FLOAT * (n * row + j), y * row_scale, adds)
+
+
+@jit
+def multiply_int4(matrix, x, out, adds, thread):
+    k, n = matrix.num_columns, matrix.num_rows
+    num_groups = k // GROUP_SIZE
+    first, last = part(n, thread)
+    for j in range(first, last, 2):
+        other = min(j + 1, last - 1)  # an odd last row is computed twice, and its sum is put once
+        w0, w1 = matrix.values + k // 2 * j, matrix.values + k // 2 * other
+        scale0, scale1 = matrix.scale + 2 * num_groups * j, matrix.scale + 2 * num_groups * other
+        prefetch(scale0 + 2 * AHEAD // GROUP_SIZE)
+        for row in range(x.num):
+            a0, a1 = low_product(x, row, n, j), low_product(x, row, n, other)
+            y0, y1 = _two_int4(w0, w1, scale0, scale1, x.values + FLOAT * x.stride * row, k, a0, a1)
+            put_product(out + FLOAT * (n * row + j), y0, adds)
+            if other > j:
+                put_product(out + FLOAT * (n * row + other), y1, adds)
 
 
 @jit

@@ -104,9 +104,7 @@ def nibble_products(context, nibbles, even, odd, start):
         def products(values, factors):
             factors = builder.sext(_memory(builder, factors, ir.IntType(16), 2 * LANES), wide)
             product = builder.mul(builder.sext(values, wide), factors)
-            return [
-                builder.shuffle_vector(product, product, ir.Constant(_INTS, list(range(first, 2 * LANES, 2)))) for first in (0, 1)
-            ]
+            return [builder.shuffle_vector(product, product, ir.Constant(_INTS, list(range(first, 2 * LANES, 2)))) for first in (0, 1)]
 
         nibbles, even, odd, start = arguments
         pairs = builder.zext(_memory(builder, nibbles, ir.IntType(8), 2 * LANES), halves)
