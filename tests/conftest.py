@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omnimamba.config import BackboneConfig, LoraConfig, OmniMambaConfig, TowerConfig, VQConfig
+from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.vq import VQModel
 from omnimamba.model.weights import from_official
@@ -134,6 +135,14 @@ def golden_config(sizes: dict[str, Any]) -> OmniMambaConfig:
         max_caption_tokens=sizes["pos_embed_rows"] - sizes["num_tokens"] - 5,
         mmu_positions=sizes["mmu_pos_embed_rows"],
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer without merges: 257 ids, one for the end and one for each byte."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_text_tokenizer((), 257).save(str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

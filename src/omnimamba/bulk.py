@@ -29,13 +29,14 @@ class ModelSource:
     model: str
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
 
     def load(self) -> OmniMamba:
-        return OmniMamba.from_pretrained(self.model, device=self.device, dtype=self.dtype)
+        return OmniMamba.from_pretrained(self.model, device=self.device, dtype=self.dtype, quantize=self.quantize)
 
     def plan(self) -> dict[str, Any]:
         """What its results depend on: the fingerprint of the weights, not where they lie."""
-        return {"model": weights.load(self.model).fingerprint}
+        return {"model": weights.load(self.model).fingerprint, "quantize": self.quantize}
 
 
 def load_vq(model: str, file: Path | None, preset_name: str, device: str) -> VQModel:

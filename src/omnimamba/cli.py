@@ -6,6 +6,8 @@ Results go to stdout; errors, logs and progress bars to stderr. Heavy imports ar
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -15,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -23,6 +25,7 @@ from omnimamba.train.interrupt import Interrupted
 
 if TYPE_CHECKING:
     from omnimamba.engine.omnimamba import OmniMamba
+    from omnimamba.eval.paint import PaintSettings
     from omnimamba.eval.report import Report
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -30,6 +33,8 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 BAR_AFTER_SECONDS = 2.0
 SPEED_SECONDS = 600.0
 """The time left is estimated from the progress of this time."""
+SHOW_SECONDS = 0.1
+"""News of what is under way counts this often: more of it would cost time and not be seen."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 QUALITY = 95
 """Of JPEG and WebP files; PNG files are lossless."""
@@ -48,36 +53,105 @@ app.add_typer(benchmarks, name="eval")
 bulk_work = typer.Typer(rich_markup_mode=None)
 app.add_typer(bulk_work, name="batch")
 
-Model = Annotated[str, typer.Option("--model", "-m", help="nano (shipped), a model folder, a Hub id, or an official .pth file.")]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="nano (shipped), a model folder, a Hub id, or an official .pth file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")]
-Quantize = Annotated[str | None, typer.Option(help="Compute with int8, fp8 or int4 weights. Default: as stored.", show_default=False)]
 NumSlots = Annotated[int, typer.Option(min=1, help="Sequences that run at once; a guided image is two.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the result reproducible; drawn when it is not given.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most probable token, 1 is the model's own distribution.")]
-TopK = Annotated[int, typer.Option(help="Only the k most probable tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option(help="Only the most probable tokens that hold this share together; 1 is off.")]
 PastLastPosition = Annotated[str, typer.Option(help="Text longer than the position table: error, or clamp (go on with its last row).")]
 ShardSize = Annotated[int, typer.Option(min=1, help="Items that are computed or lost together when the work is interrupted.")]
 MaxBroken = Annotated[int, typer.Option(min=0, help="Missing and unreadable images that are skipped with a warning; one more is an error.")]
-OnRay = Annotated[bool, typer.Option("--ray", help="Work on a Ray cluster (RAY_ADDRESS), whose machines see the same files.")]
-NumWorkers = Annotated[int, typer.Option(min=1, help="Of --ray.")]
-GpusPerWorker = Annotated[float, typer.Option(min=0, help="Of --ray; may be a fraction.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", show_default=False)]
 BootstrapSeed = Annotated[int, typer.Option("--seed", help="Of the intervals.")]
 
-GuidanceScale = Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is off. Default: the model's.")]
-PaintTemperature = Annotated[float | None, typer.Option(help="0 paints the most probable image. Default: the model's.")]
-PaintTopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens; 0 is off. Default: the model's.")]
-PaintTopP = Annotated[float | None, typer.Option(help="Only the tokens that hold this share; 1 is off. Default: the model's.")]
 PaintSeed = Annotated[int, typer.Option("--seed", help="Of the paintings and of the intervals.")]
 PaintShard = Annotated[str | None, typer.Option("--shard", help="I/N: paint part I of N only.", show_default=False)]
 PaintOut = Annotated[
     Path | None,
     typer.Option("--out", help="Folder for the images; a second call goes on from them. Default: runs/eval/NAME.", show_default=False),
 ]
+
+
+# ---- options that commands share
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where and in which numbers it computes."""
+
+    model: ModelName = "nano"
+    device: Device = "auto"
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")] = "auto"
+    quantize: Annotated[
+        str | None, typer.Option(help="Compute with int8, fp8 or int4 weights. Default: as stored.", show_default=False)
+    ] = None
+
+    def load(self, *, num_slots: int = 16) -> OmniMamba:
+        from omnimamba.engine.omnimamba import OmniMamba
+
+        return OmniMamba.from_pretrained(self.model, device=self.device, dtype=self.dtype, quantize=self.quantize, num_slots=num_slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaintOptions:
+    """How images are drawn; None is the model's default."""
+
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is off. Default: the model's.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 paints the most probable image. Default: the model's.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens; 0 is off. Default: the model's.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Only the tokens that hold this share; 1 is off. Default: the model's.")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerOptions:
+    """How answers are drawn, as `describe` and `ask` take it."""
+
+    max_new_tokens: MaxNewTokens = 64
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token, 1 is the model's own distribution.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Only the k most probable tokens; 0 is off.")] = 0
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that hold this share together; 1 is off.")] = 1.0
+    seed: Seed = None
+    past_last_position: PastLastPosition = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class RayOptions:
+    """Where the shards of bulk work are computed."""
+
+    ray: Annotated[bool, typer.Option("--ray", help="Work on a Ray cluster (RAY_ADDRESS), whose machines see the same files.")] = False
+    num_workers: Annotated[int, typer.Option(min=1, help="Of --ray.")] = 1
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="Of --ray; may be a fraction.")] = 0
+
+    def runner(self) -> Callable[..., None]:
+        from omnimamba import bulk
+
+        return bulk.runner(self.ray, self.num_workers, self.gpus_per_worker)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as Typer reads it: a parameter whose type is one of the dataclasses above becomes an option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            of_fields = get_type_hints(groups[name], include_extras=True)
+            options = [(field.name, of_fields[field.name], field.default) for field in dataclasses.fields(groups[name])]
+        else:
+            options = [(name, hints[name], parameter.default)]
+        parameters += [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d) for key, a, d in options]
+
+    def spread(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        command(**values)
+
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return spread
+
 
 QUESTION_BENCHMARKS = {
     "pope": "POPE: yes/no questions about objects that may not be there. Split: coco.",
@@ -108,36 +182,30 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command()
+@with_groups
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to paint.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG, JPEG or WebP file; existing files are overwritten.")] = Path("image.png"),
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="With several, NAME.png becomes NAME-0.png, NAME-1.png, ...")] = 1,
     grid: Annotated[bool, typer.Option("--grid", help="Write one contact sheet of all images instead.")] = False,
-    guidance_scale: GuidanceScale = None,
-    temperature: PaintTemperature = None,
-    top_k: PaintTopK = None,
-    top_p: PaintTopP = None,
+    *,
+    painting: PaintOptions,
     seed: Seed = None,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    source: ModelOptions,
     as_json: Json = False,
 ) -> None:
     """Paint images from a text."""
     files = image_files(out, 1 if grid else num_images)
-    with progress_bar(f"loading {model}") as show:
-        omni = load(model, device, dtype, quantize)
+    with progress_bar(f"loading {source.model}") as show:
+        omni = source.load()
         show("painting")
         started = time.perf_counter()
         images = omni.generate_image(
             prompt,
             num_images=num_images,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             seed=seed,
+            on_progress=lambda done, total: show("painting", done, total, "tokens"),
+            **dataclasses.asdict(painting),
         )
         seconds = time.perf_counter() - started
     seed = images[0].info["seed"]
@@ -156,29 +224,22 @@ def generate(
 
 
 @app.command()
+@with_groups
 def describe(
     images: Annotated[list[str], typer.Argument(help="Image files; - reads one from stdin.", show_default=False)],
     question: Annotated[str | None, typer.Option("--question", "-q", help="Asked about every image. Default: what it shows.")] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    past_last_position: PastLastPosition = "error",
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    *,
+    sampling: AnswerOptions,
+    source: ModelOptions,
     as_json: Json = False,
 ) -> None:
     """Answer a question about images."""
     sources = [sys.stdin.buffer.read() if image == "-" else image for image in images]
-    sampling = sampling_of(max_new_tokens, temperature, top_k, top_p, seed, past_last_position)
     is_stream = len(images) == 1 and not as_json
-    with progress_bar(f"loading {model}") as show:
-        omni = load(model, device, dtype, quantize)
+    with progress_bar(f"loading {source.model}") as show:
+        omni = source.load()
         show("describing")
-        answers = omni.describe(sources[0] if is_stream else sources, question, stream=is_stream, **sampling)
+        answers = omni.describe(sources[0] if is_stream else sources, question, stream=is_stream, **dataclasses.asdict(sampling))
     if is_stream:
         print_pieces(answers)
     elif as_json:
@@ -189,20 +250,14 @@ def describe(
 
 
 @app.command()
+@with_groups
 def chat(
     image: Annotated[str | None, typer.Option(help="Image file to talk about; without one, a conversation in text only.")] = None,
     load_state: Annotated[Path | None, typer.Option(help="Go on with a conversation that --save-state wrote.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Write the conversation to this file at the end.")] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    past_last_position: PastLastPosition = "error",
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    *,
+    sampling: AnswerOptions,
+    source: ModelOptions,
 ) -> None:
     """Talk about an image.
 
@@ -212,14 +267,13 @@ def chat(
         raise ValueError(f"--load-state {load_state} brings its own image; drop --image {image}")
     if save_state:
         check_output(save_state)
-    sampling = sampling_of(max_new_tokens, temperature, top_k, top_p, seed, past_last_position)
-    with progress_bar(f"loading {model}"):
-        omni = load(model, device, dtype, quantize)
+    with progress_bar(f"loading {source.model}"):
+        omni = source.load()
         conversation = omni.load_conversation(load_state) if load_state else omni.chat(image)
     try:
         for question in questions():
             try:
-                print_pieces(conversation.ask(question, stream=True, **sampling))
+                print_pieces(conversation.ask(question, stream=True, **dataclasses.asdict(sampling)))
             except ValueError as error:
                 if not sys.stdin.isatty():
                     raise
@@ -230,6 +284,7 @@ def chat(
 
 
 @app.command()
+@with_groups
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: lets other computers in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -241,12 +296,13 @@ def serve(
         str | None, typer.Option(envvar="OMNIMAMBA_API_KEY", help="Required of clients. Better given by the variable OMNIMAMBA_API_KEY.")
     ] = None,
     fetch_remote: Annotated[bool, typer.Option("--fetch-remote", help="Fetch image_url addresses on the public internet.")] = False,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Let the scripts of web pages from there call the API, https://example.org, or * for all.")
+    ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the web page at /.")] = True,
     drain_seconds: Annotated[int, typer.Option(min=1, help="After SIGTERM, how long answers under way may take.")] = 60,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    *,
+    source: ModelOptions,
 ) -> None:
     """Serve an OpenAI-compatible API and a web page."""
     from omnimamba.server.config import MIB, ServerConfig
@@ -258,28 +314,28 @@ def serve(
         prefix_cache_bytes=prefix_cache_mib * MIB,
         state_bytes=states_mib * MIB,
         fetch_remote=fetch_remote,
+        cors_origins=tuple(cors_origin or ()),
     )
     bound = listen(host, port)
     from omnimamba.server.run import Server  # slow: a port that is taken is said at once
 
-    with progress_bar(f"loading {model}"):
-        omni = load(model, device, dtype, quantize, num_slots=num_slots)
-    server = Server(omni, config, Path(model).name, with_page=page, drain_seconds=drain_seconds)
+    with progress_bar(f"loading {source.model}"):
+        omni = source.load(num_slots=num_slots)
+    server = Server(omni, config, Path(source.model).name, with_page=page, drain_seconds=drain_seconds)
     if code := server.run_on(bound):
         sys.exit(code)
 
 
 @app.command()
+@with_groups
 def info(
-    model: Model = "nano",
     preset: Annotated[str | None, typer.Option(help="Show a model shape (1.3b, L, nano, tiny) without any weights.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    *,
+    source: ModelOptions,
     as_json: Json = False,
 ) -> None:
     """Show the sizes of a model."""
-    figures = shape_figures(preset) if preset else model_figures(load(model, device, dtype, quantize))
+    figures = shape_figures(preset) if preset else model_figures(source.load())
     if as_json:
         print_json(figures)
         return
@@ -340,6 +396,7 @@ def convert(
 
 
 @app.command()
+@with_groups
 def tokenize(
     folder: Annotated[str, typer.Argument(help="Folder of the images; for --images datasets also a Hub id.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file of the tokens.", show_default=False)],
@@ -355,10 +412,9 @@ def tokenize(
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     shard_size: ShardSize = 4096,
     max_broken: MaxBroken = 0,
-    on_ray: OnRay = False,
-    num_workers: NumWorkers = 1,
-    gpus_per_worker: GpusPerWorker = 0,
-    model: Model = "nano",
+    *,
+    where: RayOptions,
+    model: ModelName = "nano",
     device: Device = "auto",
 ) -> None:
     """Turn the images of a data set into image tokens.
@@ -380,8 +436,8 @@ def tokenize(
             batch=batch,
             max_broken=max_broken,
             shard_size=shard_size,
-            run=bulk.runner(on_ray, num_workers, gpus_per_worker),
-            on_progress=lambda done, total: show("tokenizing", done / total),
+            run=where.runner(),
+            on_progress=lambda done, total: show("tokenizing", done, total, "images"),
         )
     print(out, f"{num_images} images", sep="\n")
 
@@ -397,6 +453,7 @@ def batch(context: typer.Context) -> None:
 
 
 @bulk_work.command("describe")
+@with_groups
 def batch_describe(
     jobs: Annotated[Path, typer.Argument(help='JSON lines {"image": file, "question": text}; other keys are kept.', show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The lines with their answers.", show_default=False)],
@@ -407,22 +464,19 @@ def batch_describe(
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
     shard_size: ShardSize = 256,
     max_broken: MaxBroken = 0,
-    on_ray: OnRay = False,
-    num_workers: NumWorkers = 1,
-    gpus_per_worker: GpusPerWorker = 0,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    where: RayOptions,
+    source: ModelOptions,
 ) -> None:
     """Answer a question about each of many images."""
     check_output(out)
-    with progress_bar(f"loading {model}") as show:
+    with progress_bar(f"loading {source.model}") as show:
         from omnimamba import bulk
 
         num, num_broken = bulk.describe(
             jobs,
             out,
-            bulk.ModelSource(model, device, dtype),
+            bulk.ModelSource(**dataclasses.asdict(source)),
             images=images or jobs.parent,
             question=question,
             max_new_tokens=max_new_tokens,
@@ -430,13 +484,14 @@ def batch_describe(
             batch=batch,
             shard_size=shard_size,
             max_broken=max_broken,
-            run=bulk.runner(on_ray, num_workers, gpus_per_worker),
-            on_progress=lambda done, total: show("describing", done / total),
+            run=where.runner(),
+            on_progress=lambda done, total: show("describing", done, total, "images"),
         )
     print(out, f"{num} lines" + (f", {num_broken} of them with an error instead of an answer" if num_broken else ""), sep="\n")
 
 
 @bulk_work.command("generate")
+@with_groups
 def batch_generate(
     jobs: Annotated[Path, typer.Argument(help='JSON lines {"prompt": text, "seed": number}; other keys are kept.', show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The lines with their files.", show_default=False)],
@@ -444,37 +499,31 @@ def batch_generate(
         Path | None, typer.Option(help="Folder for the PNG files. Default: OUT without its suffix.", show_default=False)
     ] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Of each prompt.")] = 1,
-    guidance_scale: GuidanceScale = None,
-    temperature: PaintTemperature = None,
-    top_k: PaintTopK = None,
-    top_p: PaintTopP = None,
+    *,
+    painting: PaintOptions,
     seed: Annotated[int, typer.Option(help="Line i without a seed of its own is painted with this plus i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
     shard_size: ShardSize = 256,
-    on_ray: OnRay = False,
-    num_workers: NumWorkers = 1,
-    gpus_per_worker: GpusPerWorker = 0,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    where: RayOptions,
+    source: ModelOptions,
 ) -> None:
     """Paint images of each of many prompts."""
     check_output(out)
-    with progress_bar(f"loading {model}") as show:
+    with progress_bar(f"loading {source.model}") as show:
         from omnimamba import bulk
 
         num = bulk.generate(
             jobs,
             out,
-            bulk.ModelSource(model, device, dtype),
+            bulk.ModelSource(**dataclasses.asdict(source)),
             images=images or out.with_suffix(""),
             num_images=num_images,
-            sampling={"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+            sampling=dataclasses.asdict(painting),
             seed=seed,
             batch=batch,
             shard_size=shard_size,
-            run=bulk.runner(on_ray, num_workers, gpus_per_worker),
-            on_progress=lambda done, total: show("painting", done / total),
+            run=where.runner(),
+            on_progress=lambda done, total: show("painting", done, total, "prompts"),
         )
     print(out, f"{num} lines", sep="\n")
 
@@ -498,48 +547,41 @@ def train(
 
 
 @benchmarks.command()
+@with_groups
 def emoji(
     data: Annotated[Path, typer.Option(help="Folder of the emoji data set.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which of its splits.")] = "val",
     limit: Annotated[int | None, typer.Option(help="Ask about the split's first drawings only.", show_default=False)] = None,
     num_prompts: Annotated[int, typer.Option(help="Captions to paint; 0 paints none.")] = 200,
-    guidance_scale: GuidanceScale = None,
-    temperature: PaintTemperature = None,
-    top_k: PaintTopK = None,
-    top_p: PaintTopP = None,
+    *,
+    painting: PaintOptions,
     seed: PaintSeed = 0,
     judge: Annotated[Path | None, typer.Option(help="Folder of the judge of the paintings. Default: the model's own.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a report with pictures, the paintings and all answers.", show_default=False)
     ] = None,
     json_file: JsonFile = None,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    source: ModelOptions,
     num_slots: NumSlots = 16,
 ) -> None:
     """Names, groups, styles, yes/no questions and paintings of emoji."""
     for file in (json_file, out and out / "grid.png"):
         if file:
             check_output(file)
-    with progress_bar(f"loading {model}") as show:
+    with progress_bar(f"loading {source.model}") as show:
         from omnimamba.eval.emoji import evaluate
 
         report = evaluate(
-            load(model, device, dtype, quantize, num_slots=num_slots),
+            source.load(num_slots=num_slots),
             data,
             split=split,
             limit=limit,
             num_prompts=num_prompts,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            painting=paint_settings(painting),
             seed=seed,
             out=out,
             judge=judge,
-            progress=fraction_of(show),
+            progress=show,
         )
     if json_file:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -547,13 +589,12 @@ def emoji(
 
 
 @benchmarks.command()
+@with_groups
 def coco(
     data: Annotated[Path, typer.Option(help="Folder with annotations/captions_val2014.json and val2014/.", show_default=False)],
     num_captions: Annotated[int, typer.Option(help="Captions to paint, of different images.")] = 30_000,
-    guidance_scale: GuidanceScale = None,
-    temperature: PaintTemperature = None,
-    top_k: PaintTopK = None,
-    top_p: PaintTopP = None,
+    *,
+    painting: PaintOptions,
     seed: PaintSeed = 0,
     shard: PaintShard = None,
     inception: Annotated[
@@ -569,36 +610,30 @@ def coco(
     clip: Annotated[str | None, typer.Option(help="CLIP model for the CLIP score: a folder or Hub id.", show_default=False)] = None,
     out: PaintOut = None,
     json_file: JsonFile = None,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    source: ModelOptions,
     num_slots: NumSlots = 16,
 ) -> None:
     """MS-COCO: FID-30K of images painted from captions, and their CLIP score."""
     out = out or Path("runs", "eval", "coco")
     check_results(out, json_file)
-    with progress_bar(f"loading {model}") as show:
+    with progress_bar(f"loading {source.model}") as show:
         from omnimamba.eval.ask import Shard
         from omnimamba.eval.coco import evaluate
 
         part = Shard.parse(shard) if shard else None
         report = evaluate(
-            load(model, device, dtype, quantize, num_slots=num_slots),
+            source.load(num_slots=num_slots),
             data,
             out,
             num_captions=num_captions,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            painting=paint_settings(painting),
             seed=seed,
             shard=part,
             inception=inception,
             resize=resize,
             reference=reference,
             clip=clip,
-            progress=fraction_of(show),
+            progress=show,
         )
     if report is None:
         print(out, f"shard {part} is painted; when all are, call the same without --shard", sep="\n")
@@ -607,6 +642,7 @@ def coco(
 
 
 @benchmarks.command()
+@with_groups
 def geneval(
     data: Annotated[Path | None, typer.Option(help="Folder with evaluation_metadata.jsonl.", show_default=False)] = None,
     results: Annotated[
@@ -614,18 +650,13 @@ def geneval(
     ] = None,
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 4,
     limit: Annotated[int | None, typer.Option(help="The first prompts only.", show_default=False)] = None,
-    guidance_scale: GuidanceScale = None,
-    temperature: PaintTemperature = None,
-    top_k: PaintTopK = None,
-    top_p: PaintTopP = None,
+    *,
+    painting: PaintOptions,
     seed: PaintSeed = 0,
     shard: PaintShard = None,
     out: PaintOut = None,
     json_file: JsonFile = None,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    source: ModelOptions,
     num_slots: NumSlots = 16,
 ) -> None:
     """GenEval: paint its prompts in its folder layout; score the results of its detector."""
@@ -641,23 +672,20 @@ def geneval(
     assert data is not None
     out = out or Path("runs", "eval", "geneval")
     check_results(out, json_file)
-    with progress_bar(f"loading {model}") as show:
+    with progress_bar(f"loading {source.model}") as show:
         from omnimamba.eval.ask import Shard
         from omnimamba.eval.geneval import paint
 
         folder = paint(
-            load(model, device, dtype, quantize, num_slots=num_slots),
+            source.load(num_slots=num_slots),
             data,
             out,
             num_images=num_images,
             limit=limit,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            painting=paint_settings(painting),
             seed=seed,
             shard=Shard.parse(shard) if shard else None,
-            progress=fraction_of(show),
+            progress=show,
         )
     print(folder)
 
@@ -677,10 +705,8 @@ def ask_benchmark(
         typer.Option(help="Folder for all answers; a second call goes on from them. Default: runs/eval/NAME.", show_default=False),
     ] = None,
     json_file: JsonFile = None,
-    model: Model = "nano",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
+    *,
+    source: ModelOptions,
     num_slots: NumSlots = 16,
 ) -> None:
     name = str(context.info_name)
@@ -692,9 +718,9 @@ def ask_benchmark(
 
         part = Shard.parse(shard) if shard else None
         BENCHMARKS[name].questions(data, split, limit)  # what is wrong with the folder is said before a model is loaded
-        show(f"loading {model}")
+        show(f"loading {source.model}")
         report = evaluate(
-            load(model, device, dtype, quantize, num_slots=num_slots),
+            source.load(num_slots=num_slots),
             name,
             data,
             out,
@@ -703,7 +729,7 @@ def ask_benchmark(
             shard=part,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            progress=fraction_of(show),
+            progress=show,
         )
     if report is None:
         print(out, f"shard {part} is asked; when all are: omnimamba eval merge {out} --data {data}", sep="\n")
@@ -712,7 +738,7 @@ def ask_benchmark(
 
 
 for benchmark_name, help_text in QUESTION_BENCHMARKS.items():
-    benchmarks.command(benchmark_name, help=help_text)(ask_benchmark)
+    benchmarks.command(benchmark_name, help=help_text)(with_groups(ask_benchmark))
 
 
 @benchmarks.command()
@@ -740,11 +766,6 @@ def check_results(out: Path, json_file: Path | None) -> None:
             check_output(file)
 
 
-def fraction_of(show: Callable[..., None]) -> Callable[[str, int, int], None]:
-    """What an evaluation reports its progress to."""
-    return lambda stage, done, total: show(stage, done / max(total, 1))
-
-
 def print_report(report: Report, json_file: Path | None) -> None:
     """The table and the protocol of figures, which also go to `json_file` with every answer."""
     if json_file:
@@ -755,24 +776,11 @@ def print_report(report: Report, json_file: Path | None) -> None:
         print(f"{key}: {value}")
 
 
-def load(model: str, device: str, dtype: str, quantize: str | None = None, *, num_slots: int = 16) -> OmniMamba:
-    from omnimamba.engine.omnimamba import OmniMamba
+def paint_settings(painting: PaintOptions) -> PaintSettings:
+    """As evaluations take them."""
+    from omnimamba.eval.paint import PaintSettings
 
-    return OmniMamba.from_pretrained(model, device=device, dtype=dtype, quantize=quantize, num_slots=num_slots)
-
-
-def sampling_of(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None, past_last_position: str
-) -> dict[str, Any]:
-    """The settings of an answer, as `describe` and `ask` take them."""
-    return {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "past_last_position": past_last_position,
-    }
+    return PaintSettings(**dataclasses.asdict(painting))
 
 
 # ---- figures of a model
@@ -899,25 +907,32 @@ def is_terminal() -> bool:
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[..., None]]:
-    """Gives a function that is told what is done now and, if that is known, the fraction that is done.
+    """Gives `show(what, done, total, unit)`, which is told what is done now and, if that is known, how much of it.
 
     The bar is on stderr of a terminal, comes after BAR_AFTER_SECONDS and leaves no trace.
     """
     if not is_terminal():
-        yield lambda what, fraction=None: None
+        yield lambda what, done=0, total=None, unit="": None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[left]}"))
-    progress = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_SECONDS)
-    bar = progress.add_task(what, total=None, left="")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[left]}"))
+    progress = Progress(*columns, *times, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_SECONDS)
+    bar = progress.add_task(what, total=None, count="", left="")
+    shown_at = -math.inf
 
-    def show(what: str, fraction: float | None = None) -> None:
+    def show(what: str, done: int = 0, total: int | None = None, unit: str = "") -> None:
+        nonlocal shown_at
+        now = time.monotonic()
         if what != progress.tasks[bar].description:
             progress.reset(bar)  # elapsed time and time left are those of what is done now
-        is_known = fraction is not None
-        progress.update(bar, description=what, total=1 if is_known else None, completed=fraction or 0, left="left" if is_known else "")
+        elif now - shown_at < SHOW_SECONDS:
+            return
+        shown_at = now
+        count, left = ("", "") if total is None else (f"{done:,} of {total:,} {unit}".rstrip(), "left")
+        progress.update(bar, description=what, total=total, completed=done, count=count, left=left)
 
     timer = threading.Timer(BAR_AFTER_SECONDS, progress.start)
     timer.daemon = True

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from omnimamba.cli import main
-from omnimamba.config import EOS_TOKEN, preset
+from omnimamba.config import preset
 from omnimamba.engine.omnimamba import OmniMamba
 
 
@@ -34,19 +33,6 @@ def cli(monkeypatch, capsys):
         return Result(code, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory):
-    """A byte-level tokenizer without merges: an id per byte."""
-    vocab = {EOS_TOKEN: 0} | {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.add_special_tokens([AddedToken(EOS_TOKEN, special=True)])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_stdin_that_is_no_image(cli, folder):
     ("args", "says"),
     [
         (["generate", ""], "caption '' is empty; describe the image"),
+        (["serve", "--port", "0", "--cors-origin", "a.example"], "'a.example' is no origin; pass one such as https://example.org"),
         (["generate", "  "], "caption '  ' is empty; describe the image"),
         (["generate", "word " * 40], "caption has 200 tokens, the limit is 24; shorten it by 176"),
         (["generate", "caf\udce9"], "lone surrogate '\\udce9'"),

@@ -353,22 +353,42 @@ def test_train(cli, monkeypatch):
 def test_a_bar_on_terminals_only(monkeypatch, capsys):
     monkeypatch.setattr(module, "BAR_AFTER_SECONDS", 0.01)
     with module.progress_bar("working") as show:
-        show("working", 0.5)
+        show("working", 1, 2, "images")
         time.sleep(0.1)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(module, "BAR_AFTER_SECONDS", 2.0)
     monkeypatch.setattr(module, "is_terminal", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
     with module.progress_bar("quick work") as show:
-        show("quick work", 0.5)
+        show("quick work", 1, 2)
     assert "quick work" not in capsys.readouterr().err
     monkeypatch.setattr(module, "BAR_AFTER_SECONDS", 0.01)
     with module.progress_bar("loading") as show:
         time.sleep(0.2)
-        show("painting", 0.5)
+        show("painting", 1024, 4096, "tokens")
         time.sleep(0.3)
     out, err = capsys.readouterr()
-    assert out == "" and "painting" in err
+    err = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", err)
+    assert out == "" and "loading" in err and "painting" in err and "1,024 of 4,096 tokens" in err and "left" in err
+
+
+@pytest.mark.parametrize("args", [(), ("-n", "3"), ("-n", "20", "--guidance-scale", "2")])
+def test_painting_says_how_far_it_is(cli, folder, tmp_path, monkeypatch, args, omni):
+    """Every row of tokens of every image is told, the last with all of them."""
+    shown = []
+
+    @contextlib.contextmanager
+    def progress_bar(what):
+        yield lambda *news: shown.append(news)
+
+    monkeypatch.setattr(module, "progress_bar", progress_bar)
+    assert cli("generate", "a zoo", "-o", tmp_path / "zoo.png", "--model", folder, *args).code == 0
+    num_tokens = int(args[1] if args else 1) * omni.config.num_image_tokens
+    rows = [news for news in shown if len(news) > 1]
+    assert all((what, total, unit) == ("painting", num_tokens, "tokens") for what, _, total, unit in rows)
+    done = [news[1] for news in rows]
+    assert done == sorted(done) and done[-1] == num_tokens and len(done) == num_tokens // omni.vq.config.grid_size
 
 
 def test_a_process(folder, tmp_path):

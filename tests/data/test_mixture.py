@@ -51,10 +51,6 @@ def test_batches_of_a_group_come_in_no_order_of_length():
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
-def test_epoch_number():
-    assert [EpochSampler(10, 4, 0).epoch(step) for step in (0, 5, 10)] == [0, 2, 4]
-
-
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(0, 4), (4, 0)])
 def test_nothing_to_draw(num_samples, batch_size):
     with pytest.raises(ValueError, match=f"cannot draw batches of {batch_size} from {num_samples} samples"):

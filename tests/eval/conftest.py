@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, pre_tokenizers
 
-from omnimamba.config import EOS_TOKEN, SPECIAL_TOKENS, preset
+from omnimamba.config import SPECIAL_TOKENS, preset
+from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.engine.omnimamba import OmniMamba
 from omnimamba.eval import mme, mmmu
 from omnimamba.model.contrastive import ContrastiveHeads
@@ -34,18 +35,8 @@ QUESTIONS = {"name": "What is this?", "style": "Which style?", "group": "Which g
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        special_tokens=[AddedToken(EOS_TOKEN, special=True)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*(row[0] for row in DRAWINGS), *QUESTIONS.values()] * 2, trainer)
     path = tmp_path_factory.mktemp("tiny") / "tokenizer.json"
-    tokenizer.save(str(path))
+    train_text_tokenizer([*(row[0] for row in DRAWINGS), *QUESTIONS.values()] * 2, 311).save(str(path))
     return path
 
 

@@ -12,6 +12,7 @@ from omnimamba.eval import coco as benchmark
 from omnimamba.eval.ask import Shard
 from omnimamba.eval.coco import draw_captions, evaluate, read_captions, square_image
 from omnimamba.eval.fid import FeatureStatistics
+from omnimamba.eval.paint import PaintSettings
 
 
 class FewFeatures(benchmark.Inception):
@@ -24,7 +25,7 @@ class FewFeatures(benchmark.Inception):
 @pytest.fixture
 def settings(inception_weights, clip_folder, monkeypatch):
     monkeypatch.setattr(benchmark, "Inception", FewFeatures)
-    return {"num_captions": 3, "inception": inception_weights, "clip": str(clip_folder), "top_k": 4}
+    return {"num_captions": 3, "inception": inception_weights, "clip": str(clip_folder), "painting": PaintSettings(top_k=4)}
 
 
 def test_report(omni, coco, settings, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from omnimamba.engine.omnimamba import OmniMamba
 from omnimamba.eval.emoji import LABELS, answer_figures, base_caption, evaluate, score
 from omnimamba.eval.emoji_set import Drawing, Question, choose_prompts, read_captions, read_drawings, read_questions
+from omnimamba.eval.paint import PaintSettings
 from omnimamba.eval.report import Report
 from omnimamba.eval.scores import Figure
 from omnimamba.processor.image import load_image
@@ -54,7 +55,10 @@ def test_report(run, tmp_path):
 
 
 def test_the_same_call_gives_the_same_figures(run):
-    first, second = (json.dumps(run(guidance_scale=2.0, top_k=8, num_prompts=3, seed=4).to_dict(), allow_nan=False) for _ in range(2))
+    first, second = (
+        json.dumps(run(painting=PaintSettings(guidance_scale=2.0, top_k=8), num_prompts=3, seed=4).to_dict(), allow_nan=False)
+        for _ in range(2)
+    )
     assert first == second
     assert json.loads(first)["protocol"]["generation"]["guidance_scale"] == 2.0
 

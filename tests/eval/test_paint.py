@@ -5,7 +5,7 @@ from PIL import Image
 
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.eval.ask import Shard
-from omnimamba.eval.paint import Job, fitted_caption, own_share, paint_in_batches, paint_missing, settings_of
+from omnimamba.eval.paint import Job, PaintSettings, fitted_caption, own_share, paint_in_batches, paint_missing
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def test_shares(jobs):
 
 
 def test_settings(omni):
-    assert settings_of(omni, {"guidance_scale": 2.5, "top_k": None}) == GenerationDefaults(guidance_scale=2.5)
+    assert PaintSettings(guidance_scale=2.5).of(omni) == GenerationDefaults(guidance_scale=2.5)
     with pytest.raises(ValueError, match="top_p"):
-        settings_of(omni, {"top_p": 0.0})
+        PaintSettings(top_p=0.0).of(omni)
 
 
 def test_a_long_caption_loses_its_last_words(omni):

@@ -1,5 +1,7 @@
 """Chat through the `openai` client: the answers are those of the offline API."""
 
+import json
+
 import openai
 import pytest
 
@@ -77,6 +79,22 @@ def test_a_second_question_does_not_read_the_image_again(client, omni):
     assert second.choices[0].message.content == omni.describe(drawing(seed=1), "Is it red?", max_new_tokens=4)
 
 
+def test_an_image_with_a_snapshot_is_not_decoded_again(new_omni, serve, omni, monkeypatch):
+    """Unless that snapshot goes before its turn comes."""
+    calls, served_omni = [], new_omni()
+    tower_inputs = served_omni.tower_inputs
+    monkeypatch.setattr(served_omni, "tower_inputs", lambda images: (calls.append(len(images)), tower_inputs(images))[1])
+    with serve(served_omni) as running:
+        calls.clear()  # those of the warm-up
+        for question, num_calls in (("What?", 1), ("Is it red?", 1), ("Why?", 2)):
+            if question == "Why?":
+                running.engine.prefix_cache.max_bytes = 0
+                monkeypatch.setattr(running.engine.prefix_cache, "find", lambda key, ids: None)
+            answer = ask(running.client, [about(data_url(drawing(seed=2)), question)], max_tokens=5).choices[0].message.content
+            assert answer == omni.describe(drawing(seed=2), question, max_new_tokens=5) and len(calls) == num_calls
+        running.settle()
+
+
 def test_streamed_pieces_are_the_whole_answer(client, omni):
     chunks = list(ask(client, [about(data_url(drawing()), "What?")], max_tokens=30, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == omni.describe(drawing(), "What?", max_new_tokens=30)
@@ -133,7 +151,38 @@ def test_parts_of_text_are_lines(client):
 
 def test_parameters_that_change_nothing_are_taken(client):
     options = {"presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "user": "me", "metadata": {"a": "b"}, "tools": []}
+    options |= {"tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "extra_body": {"top_logprobs": 0, "foo": None}}
     assert ask(client, "Hi", max_completion_tokens=3, **options).usage.completion_tokens == 3
+
+
+def test_a_dumped_answer_goes_back_into_the_conversation(client):
+    """With all that the `openai` package knows of a message at null."""
+    first = {"role": "user", "content": "Hi"}
+    answer = ask(client, [first], max_tokens=5).choices[0].message
+    second = {"role": "user", "content": "Why?"}
+    plain = {"role": "assistant", "content": answer.content}
+    found = [ask(client, [first, turn, second], max_tokens=5).choices[0].message for turn in (answer, answer.model_dump(), plain)]
+    assert len(answer.model_dump()) > 3 and found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_instructions_are_put_in_front_of_the_first_question(client, role):
+    image = data_url(drawing())
+    later = [{"role": "assistant", "content": "A zoo"}, {"role": "user", "content": "Why?"}]
+    instructions = [{"role": role, "content": "Be kind"}, {"role": "system", "content": [{"type": "text", "text": "Be short"}]}]
+    found = ask(client, [*instructions, about(image, "What?"), *later], max_tokens=8)
+    expected = ask(client, [about(image, "Be kind\nBe short\nWhat?"), *later], max_tokens=8)
+    assert found.choices == expected.choices and found.usage.prompt_tokens == expected.usage.prompt_tokens
+
+
+def test_usage_of_a_stream_is_null_until_the_end(http):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True}
+    for options, values in (({}, {"none"}), ({"stream_options": {"include_usage": True}}, {None})):
+        lines = http.post("/v1/chat/completions", json=body | options).text.split("\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        usages = [chunk.get("usage", "none") for chunk in chunks]
+        assert set(usages[:-1]) == values and lines[-2] == "data: [DONE]"
+        assert usages[-1] == "none" or usages[-1]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize(
@@ -141,13 +190,18 @@ def test_parameters_that_change_nothing_are_taken(client):
     [
         ([], {}, "messages: List should have at least 1 item"),
         ("", {}, "question '' is empty"),
-        ([{"role": "system", "content": "Be kind"}], {}, "messages.0.role: Input should be 'user' or 'assistant'"),
+        ([{"role": "system", "content": "Be kind"}], {}, "no question to answer"),
+        (
+            [{"role": "tool", "content": "Be kind", "tool_call_id": "1"}],
+            {},
+            "messages.0.role: Input should be 'user', 'assistant', 'system' or",
+        ),
         ([{"role": "assistant", "content": "Hi"}], {}, "message 1 has role 'assistant'"),
         ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}], {}, "no question to answer"),
         ("Hi", {"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
-        ("Hi", {"max_tokens": 100_000}, "max_new_tokens=100000 exceeds the"),
+        ("Hi", {"max_tokens": 100_000}, "max_tokens=100000 is too many, pass at most"),
         ("Hi", {"max_tokens": 1, "max_completion_tokens": 1}, "pass one of them"),
-        ("Hi" * 300, {}, "pass at most|shorten the prompt"),
+        ("Hi" * 300, {}, "maximum context length is 400 tokens, of which the conversation takes 6[0-9][0-9]; shorten it"),
         ("Hi" * 20_000, {}, "the limit is 20000"),
         ("Hi", {"n": 9}, "n=9 is too many; pass at most 8"),
         ("Hi", {"temperature": 3}, "temperature: Input should be less than"),
@@ -160,12 +214,34 @@ def test_parameters_that_change_nothing_are_taken(client):
         ("Hi", {"stop": ["a"] * 5}, "stop"),
         ("Hi", {"stop": ""}, "stop"),
         ("Hi", {"extra_body": {"state_id": "state-none"}}, "no such state"),
+        ("Hi", {"stream_options": {"include_usage": True}}, "stream_options come with stream=true only"),
+        ([{"role": "user", "content": None}], {}, "messages.0.content: Input should be a valid string"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], {}, "messages.0.content.0.text: Input should be a valid string"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], {}, "messages.0.content.0.image_url.url: Field required"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], {}, "messages.0.content.0: Input tag 'input_audio' found"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}, {"role": "system", "content": "a"}],
+            {},
+            "in front of the",
+        ),
+        (
+            [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}, {"role": "user", "content": "a"}],
+            {},
+            "first q",
+        ),
     ],
 )
 def test_what_the_model_cannot_do(client, messages, options, message):
     with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=message) as error:
         ask(client, messages, **options)
     assert error.value.body["type"] == "invalid_request_error" and error.value.status_code in (400, 404)
+
+
+@pytest.mark.parametrize(("text", "options", "param"), [("Hi" * 300, {}, "messages"), ("Hi", {"max_tokens": 1000}, "max_tokens")])
+def test_an_answer_without_room_has_the_code_that_clients_look_for(client, text, options, param):
+    with pytest.raises(openai.BadRequestError, match="This|this model's maximum context length is 400 tokens") as error:
+        ask(client, text, **options)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", param)
 
 
 def test_another_model(client):
@@ -187,7 +263,7 @@ def test_another_model(client):
         ([about(data_url(drawing(form="TIFF")), "What?")], "not a whole PNG"),
         ([about(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "What?")], "not a whole PNG"),
         ([about(data_url(drawing()), "One"), {"role": "assistant", "content": "a"}, about(data_url(drawing()), "Two")], "about one image"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}, about(data_url(drawing()), "Two")], "first message"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}, about(data_url(drawing()), "Two")], "first question"),
     ],
 )
 def test_images_that_are_refused(client, messages, message):

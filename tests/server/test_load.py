@@ -21,4 +21,6 @@ def test_the_checks_of_the_load_benchmark(tmp_path):
     report = json.loads(out.read_text())
     assert report == json.loads(result.stdout.splitlines()[-1])
     assert report["load"]["wrong answers"] == 0 and report["load"]["hung up"] > 0 and report["queue"]["refused"] > 0
-    assert report["throughput"]["served tokens/s"] > 0 and report["first token seconds"]["ratio"] > 0
+    rates = report["throughput"]
+    assert all(rates[f"{side} {what}/s"] > 0 for side in ("served", "offline") for what in ("tokens", "images"))
+    assert report["first token seconds"]["ratio"] > 0

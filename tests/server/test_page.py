@@ -164,3 +164,8 @@ def test_the_api_keeps_its_errors_beside_the_page(served):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/health", 405)):
         response = served.http.request(method, path)
         assert response.status_code == status and set(response.json()) == {"error"}
+    for method, path in (("POST", "/chat/completions"), ("POST", "/images/generations"), ("GET", "/models")):
+        response = served.http.request(method, path)
+        assert (
+            response.status_code == 404 and f"it is at /v1{path}: end the client's base URL in /v1" in response.json()["error"]["message"]
+        )

@@ -1,5 +1,6 @@
 """Routes, keys, limits, hang-ups, failures: what a server must do whatever it is asked."""
 
+import asyncio
 import concurrent.futures
 import json
 import logging
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from omnimamba.server import service as service_module
+from omnimamba.server.app import create_api
 from omnimamba.server.config import ServerConfig
 
 from .conftest import MODEL, about, data_url, drawing
@@ -54,12 +56,44 @@ def test_models(client):
         ("POST", "/health", 405),
         ("POST", "/metrics", 405),
         ("GET", "/docs", 404),
+        ("HEAD", "/v1/images/generations", 405),
+        ("OPTIONS", "/v1/chat/completions", 405),
     ],
 )
 def test_wrong_routes(http, method, path, status):
     response = http.request(method, path)
-    assert response.status_code == status and is_openai_error(response)
+    assert response.status_code == status and (method == "HEAD" or is_openai_error(response))
     assert status != 405 or response.headers["allow"]
+
+
+def test_head_is_get_without_a_body(http):
+    for path in ("/health", "/v1/models", f"/v1/models/{MODEL}", "/metrics"):
+        response = http.head(path)
+        assert response.status_code == 200 and response.content == b"" and int(response.headers["content-length"]) > 10
+
+
+def test_allow_names_all_methods_of_a_path(http):
+    assert http.post("/v1/states/some").headers["allow"] == "DELETE, GET"
+
+
+def test_a_body_where_none_belongs_is_not_read(new_omni, serve):
+    with serve(new_omni(), ServerConfig(max_body_bytes=1000)) as running:
+        assert running.http.request("GET", "/v1/models", content=b"a" * 5000).status_code == 200
+
+
+def test_scripts_of_other_pages(new_omni, serve):
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    with serve(new_omni(), ServerConfig(api_key="secret", cors_origins=("https://a.example",))) as running:
+        response = running.http.options("/v1/chat/completions", headers=asked | {"Authorization": ""})  # browsers ask without the key
+        assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in response.headers["access-control-allow-headers"].lower()
+        for headers, status in (({"Origin": "https://a.example"}, 200), ({"Origin": "https://a.example", "Authorization": ""}, 401)):
+            response = running.http.get("/v1/models", headers=headers)
+            assert response.status_code == status and response.headers["access-control-allow-origin"] == "https://a.example"
+        assert "access-control-allow-origin" not in running.http.get("/v1/models", headers={"Origin": "https://b.example"}).headers
+    for origin in ("a.example", "https://a.example/", ""):
+        with pytest.raises(ValueError, match="is no origin; pass one such as"):
+            ServerConfig(cors_origins=(origin,))
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/images/generations"])
@@ -232,6 +266,42 @@ def test_hanging_up_frees_the_slots(served, http, path, stream):
     hold.set()
     served.settle()
     assert metric(http, "omnimamba_cancelled_total") == before + 1
+
+
+def test_a_client_that_does_not_read_on_is_dropped(new_omni, caplog):
+    """Its place in the queue is free again, and so are its slots."""
+    service = service_module.Service(new_omni(), ServerConfig(send_seconds=0.2))
+    api = create_api(service, MODEL)
+    content, sent = json.dumps(chat_body(stream=True)).encode(), []
+    headers = [(b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "headers": headers,
+        "query_string": b"",
+        "http_version": "1.1",
+    }
+    messages = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive():
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+        if len(sent) > 3:
+            await asyncio.Event().wait()
+
+    async def call():
+        async with api.router.lifespan_context(api):
+            await asyncio.wait_for(api(scope, receive, send), 20)
+            deadline = time.monotonic() + 20
+            while service.engine.has_work:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+
+    asyncio.run(call())
+    assert len(sent) == 4 and "did not read on for 0.2 s" in caplog.text
 
 
 def test_a_client_that_reads_slowly_does_not_hold_up_others(served, client):

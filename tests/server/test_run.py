@@ -81,9 +81,28 @@ def test_draining_has_an_end(new_omni, serve, monkeypatch):
     assert time.monotonic() - began < 10
 
 
+LOST = """
+from omnimamba.engine.engine import Engine
+step = Engine.step
+def lost(engine):
+    if engine._num_submitted > {num_good}:
+        raise RuntimeError("device lost")
+    return step(engine)
+Engine.step = lost
+"""
+
+
+def test_an_engine_that_fails_at_the_start_ends_the_process(new_omni, tmp_path):
+    new_omni().save_pretrained(tmp_path / MODEL)
+    code = LOST.format(num_good=0) + "import sys\nfrom omnimamba.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", "--model", tmp_path / MODEL, "--port", "0", "--no-page"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode in (1, 3)  # 3 is that of uvicorn, which from some version on ends the process itself
+    assert "served at" not in result.stdout and "device lost" in result.stderr
+
+
 def test_a_lost_engine_ends_the_process(start):
-    lost = "from omnimamba.engine.engine import Engine\ndef lost(engine): raise RuntimeError('device lost')\nEngine.step = lost"
-    process, url = start(before=lost)
+    process, url = start(before=LOST.format(num_good=2))  # those of the warm-up
     response = httpx.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}, timeout=30)
     assert response.status_code == 503
     assert process.wait(30) == 1

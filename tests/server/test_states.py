@@ -110,3 +110,23 @@ def test_a_state_takes_one_question(client):
     for given in (messages, [about(data_url(drawing()), "What?")], messages[1:2]):
         with pytest.raises(openai.BadRequestError, match="the next question alone"):
             client.chat.completions.create(model=MODEL, messages=given, extra_body={"state_id": state_id})
+
+
+def test_a_file_of_a_large_state_is_taken_in(new_omni, serve):
+    """Bodies of questions may be smaller than a state."""
+    omni = new_omni()
+    size = omni.new_engine().runner.state.bytes_per_slot
+    with serve(omni, ServerConfig(state_bytes=10 * size, max_body_bytes=size // 2)) as running:
+        state_id = ask(running.client, "Hi", keep_state=True).choices[0].state_id
+        file = running.http.get(f"/v1/states/{state_id}").content
+        assert len(file) > size // 2
+        assert running.http.post("/v1/states", content=file).status_code == 200
+        assert running.http.post("/v1/chat/completions", content=file).status_code == 413
+
+
+def test_room_for_less_than_one_state(new_omni, serve):
+    with (
+        pytest.raises(ValueError, match="state_bytes=1000 has no room for one state, which takes"),
+        serve(new_omni(), ServerConfig(state_bytes=1000)),
+    ):
+        pass

@@ -36,7 +36,7 @@ def open_dataset(source: str, split: str, image_column: str, *, streaming: bool 
     try:
         dataset = datasets.load_dataset(path, name or None, split=split, streaming=streaming)
     except Exception as error:  # its loaders raise what the format's reader raises
-        raise ValueError(f"data.folder={source}, split {split}: `datasets` cannot read it ({one_line(error)})") from None
+        raise ValueError(f"data.folder={source}, split {split}: `datasets` cannot read it ({one_line(error)})") from error
     if dataset.column_names is not None and image_column not in dataset.column_names:
         raise ValueError(f"{source}: no column {image_column}; name one of {', '.join(dataset.column_names)} as data.image_column")
     return dataset.cast_column(image_column, datasets.Image(decode=False))

@@ -33,9 +33,6 @@ class EpochSampler:
         group, place = divmod(step, GROUPED_BATCHES)
         return self._sorted_group(group)[place]
 
-    def epoch(self, step: int) -> float:
-        return step * self.batch_size / self.num_samples
-
     def _drawn(self, first: int, num: int) -> list[int]:
         drawn: list[int] = []
         while len(drawn) < num:

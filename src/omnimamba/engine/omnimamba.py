@@ -225,12 +225,13 @@ class OmniMamba:
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
         callback: PaintCallback | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, prompt by prompt; `image.info["seed"]` says the seed.
 
         Sampling values of None are the model's defaults. seed: one for all prompts, or one for each. Image i of a prompt depends
-        on the prompt, the seed and i, not on what is painted beside it. `callback` is called after each row of image tokens of
-        each image.
+        on the prompt, the seed and i, not on what is painted beside it. After each row of image tokens of each image `callback` is
+        called, and `on_progress` with the number of tokens drawn and of all; only the former costs a pass of the VQ decoder.
         """
         vq, engine = self.vq, self.engine
         require_int("num_images", num_images, 1)
@@ -248,11 +249,16 @@ class OmniMamba:
             requests += of_prompt
             image_idxs += [prompt_idx * num_images + request.first_sample for request in of_prompt]
         tokens: list[list[int]] = [[] for _ in range(len(seeds) * num_images)]
-        for request_idx, event in engine.stream(requests):
+        num_tokens = len(tokens) * self.config.num_image_tokens
+        for num_drawn, (request_idx, event) in enumerate(engine.stream(requests), 1):
             image_idx = image_idxs[request_idx] + event.sample_idx
             assert event.token is not None
             tokens[image_idx].append(event.token)
-            if callback is not None and len(tokens[image_idx]) % vq.config.grid_size == 0:
+            if len(tokens[image_idx]) % vq.config.grid_size:
+                continue
+            if on_progress is not None:
+                on_progress(num_drawn, num_tokens)
+            if callback is not None:
                 callback(image_idx, self.paint_so_far(tokens[image_idx]), len(tokens[image_idx]) / self.config.num_image_tokens)
         images = self.paint(tokens)
         for image_idx, image in enumerate(images):

@@ -25,7 +25,7 @@ from omnimamba.eval.clip_score import ClipScorer
 from omnimamba.eval.fid import FeatureCounter, FeatureStatistics, frechet_distance
 from omnimamba.eval.files import claim_folder, fields, read_ahead, read_json_file, require_files, require_images, write_json
 from omnimamba.eval.inception import Inception
-from omnimamba.eval.paint import Job, fitted_caption, own_share, paint_missing, settings_of
+from omnimamba.eval.paint import MODEL_DEFAULTS, Job, PaintSettings, fitted_caption, own_share, paint_missing
 from omnimamba.eval.report import Report, model_protocol
 from omnimamba.eval.scores import Figure, ratio_of_sums
 from omnimamba.processor.image import center_square, load_image
@@ -78,10 +78,7 @@ def evaluate(
     out: Path,
     *,
     num_captions: int = NUM_CAPTIONS,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    painting: PaintSettings = MODEL_DEFAULTS,
     seed: int = 0,
     shard: Shard | None = None,
     inception: Path | None = None,
@@ -93,7 +90,7 @@ def evaluate(
     """FID, and with `clip` the CLIP score; None for a shard, which only paints: a call without one then finds its images.
 
     out: a folder for `painted/` and `captions.jsonl`; the same call goes on there if it is interrupted. Caption i is painted with the
-    seed `seed + i`; sampling values of None are the model's defaults. inception: torch-fidelity's weights. reference: an .npz file of
+    seed `seed + i`. inception: torch-fidelity's weights. reference: an .npz file of
     the statistics of the reference images, made of val2014 if it is not there; `out/reference-RESIZE.npz` unless given.
     """
     require_int("num_captions", num_captions, 2)
@@ -105,7 +102,7 @@ def evaluate(
         require_images(data, "MS-COCO", [data / "val2014" / name for name in names], IMAGES_FROM)
     network = None if shard else Inception(inception, resize=resize, device=model.device)
     scorer = ClipScorer(clip, device=model.device) if clip and not shard else None
-    settings = settings_of(model, {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p})
+    settings = painting.of(model)
     run: dict[str, Any] = {
         "benchmark": "coco",
         "num_captions": num_captions,

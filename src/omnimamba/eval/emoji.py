@@ -42,7 +42,7 @@ from omnimamba.eval.ask import Progress, answer_in_batches, no_progress
 from omnimamba.eval.emoji_set import SAMPLINGS, Drawing, Question, check_files, choose_prompts, read_captions, read_drawings, read_questions
 from omnimamba.eval.grid import draw_grid
 from omnimamba.eval.judge import Judge
-from omnimamba.eval.paint import paint_in_batches, settings_of
+from omnimamba.eval.paint import MODEL_DEFAULTS, PaintSettings, paint_in_batches
 from omnimamba.eval.report import Report, model_protocol
 from omnimamba.eval.scores import Figure, ratio_of_sums, yes_or_no_parts
 from omnimamba.processor.image import center_square, vq_pixels
@@ -116,10 +116,7 @@ def evaluate(
     split: str = "val",
     limit: int | None = None,
     num_prompts: int = 200,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    painting: PaintSettings = MODEL_DEFAULTS,
     seed: int = 0,
     out: Path | None = None,
     judge: Path | None = None,
@@ -128,14 +125,14 @@ def evaluate(
     """The figures of `model` on a split of the emoji data set in `data`; the same call gives the same figures.
 
     limit: questions and reconstruction of the split's first drawings only. num_prompts: captions to paint, of the whole split; 0
-    skips generation. Sampling values of None are the model's defaults. out: a folder for `report.html` with `grid.png` and
+    skips generation. out: a folder for `report.html` with `grid.png` and
     `confusion.png`, `answers.jsonl`, `paintings.jsonl` and `painted/`. judge: a folder of `judge.FILES`, the model's own unless given.
     """
     require_int("limit", 1 if limit is None else limit, 1)
     require_int("num_prompts", num_prompts, 0)
     require_int("seed", seed, 0)
     data = Path(data)
-    settings = settings_of(model, {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p})
+    settings = painting.of(model)
 
     check_files(data, split)
     drawings = read_drawings(data, split)

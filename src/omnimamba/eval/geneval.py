@@ -17,7 +17,7 @@ from omnimamba.engine.omnimamba import OmniMamba
 from omnimamba.engine.request import require_int
 from omnimamba.eval.ask import Progress, Shard, no_progress
 from omnimamba.eval.files import claim_folder, fields, json_lines, require_files, write_json
-from omnimamba.eval.paint import Job, fitted_caption, own_share, paint_missing, settings_of
+from omnimamba.eval.paint import MODEL_DEFAULTS, Job, PaintSettings, fitted_caption, own_share, paint_missing
 from omnimamba.eval.report import Report, model_protocol
 from omnimamba.eval.scores import ratio_of_sums, sum_of_ratios
 
@@ -42,10 +42,7 @@ def paint(
     *,
     num_images: int = NUM_IMAGES,
     limit: int | None = None,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    painting: PaintSettings = MODEL_DEFAULTS,
     seed: int = 0,
     shard: Shard | None = None,
     progress: Progress = no_progress,
@@ -58,7 +55,7 @@ def paint(
     require_int("limit", 1 if limit is None else limit, 1)
     require_int("seed", seed, 0)
     prompts, out = read_prompts(Path(data))[:limit], Path(out)
-    settings = settings_of(model, {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p})
+    settings = painting.of(model)
     claim_folder(
         out,
         {

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from omnimamba.config import Task
 from omnimamba.engine.omnimamba import OmniMamba
 from omnimamba.engine.request import Request, SamplingParams
-from omnimamba.eval.paint import Job, fitted_caption, paint_missing, settings_of
+from omnimamba.eval.paint import Job, PaintSettings, fitted_caption, paint_missing
 from omnimamba.processor import prompt as layout
 
 MODES = ("understanding", "generate")
@@ -72,7 +72,7 @@ class OmniMambaLmms(lmms):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "auto"
         self.model = OmniMamba.from_pretrained(pretrained, device=device, dtype=dtype, num_slots=int(batch_size))
         self.mode, self.out, self.seed = mode, Path(out), int(seed)
-        self.settings = settings_of(self.model, {"guidance_scale": None if guidance_scale is None else float(guidance_scale)})
+        self.settings = PaintSettings(None if guidance_scale is None else float(guidance_scale)).of(self.model)
         if mode == "generate" and self.settings.guidance_scale != 1:
             self.model.num_slots *= 2  # so that batch_size images are painted at once; a guided one is two sequences
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -13,6 +12,23 @@ from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.eval.ask import Progress, Shard
 from omnimamba.model.files import whole_file
 from omnimamba.processor.tokenizer import TextTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PaintSettings:
+    """How images are drawn; None is the model's default."""
+
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def of(self, model: OmniMamba) -> GenerationDefaults:
+        """The model's defaults with what is given in their place."""
+        return dataclasses.replace(model.defaults, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+MODEL_DEFAULTS = PaintSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +68,6 @@ def save(image: Image.Image, file: Path) -> None:
 
 def own_share(jobs: Sequence[Job], shard: Shard | None) -> Sequence[Job]:
     return jobs if shard is None else jobs[shard.i - 1 :: shard.n]
-
-
-def settings_of(model: OmniMamba, given: dict[str, Any]) -> GenerationDefaults:
-    """The model's defaults with what is given and not None in their place."""
-    return dataclasses.replace(model.defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 def fitted_caption(tok: TextTokenizer, caption: str) -> str:

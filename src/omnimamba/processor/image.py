@@ -71,7 +71,7 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         if image.format == "PNG":  # the one common format with checksums; decoding does not look at them
             try:
                 image.verify()
-            except Exception as error:
+            except Exception as error:  # see _identified
                 raise _damaged(name, error) from error
             file.seek(0)
             image = _identified(file, name)  # a verified image cannot be decoded
@@ -110,7 +110,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         image.load()
         # After load: some formats keep EXIF behind the pixels, and TIFF turns itself upright while loading.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:
+    except Exception as error:  # see _identified
         raise _damaged(name, error) from error
     rgb = _to_rgb(image, name)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb

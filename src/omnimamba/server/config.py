@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 MIB = 2**20
 
@@ -28,6 +29,10 @@ class ServerConfig:
     """In which the whole request must have come in."""
     request_seconds: float = 600.0
     """From a request to the end of its answer."""
+    send_seconds: float = 60.0
+    """In which a client must take in a piece of its answer."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages whose scripts may call the API, as `https://example.org`, or `*` for all."""
     prefix_cache_bytes: int = 256 * MIB
     """Room for snapshots of images and conversations that were read before."""
     fetch_remote: bool = False
@@ -46,6 +51,9 @@ class ServerConfig:
         for name in ("prefix_cache_bytes", "state_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; 0 is off")
-        for name in ("body_seconds", "request_seconds", "fetch_seconds"):
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin; pass one such as https://example.org, without a path, or *")
+        for name in ("body_seconds", "request_seconds", "send_seconds", "fetch_seconds"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}={getattr(self, name)} is not a time; pass seconds above 0")

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from omnimamba.engine.engine import Engine
 from omnimamba.engine.request import Event, Request
+from omnimamba.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,11 @@ STOP_SECONDS = 30.0
 T = TypeVar("T")
 
 
-class EngineStopped(RuntimeError):
+class EngineStopped(ApiError):
     """The engine's thread has come to an end, and all its requests with it."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the engine has stopped; this server answers no more", code="engine_stopped")
 
 
 class EngineThread:
@@ -72,7 +76,7 @@ class EngineThread:
     async def call(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises in the thread."""
         if not self.is_alive:
-            raise EngineStopped("the engine has stopped")
+            raise EngineStopped
         assert self._loop is not None
         loop, future = self._loop, self._loop.create_future()
         self._calls.add(future)
@@ -89,7 +93,7 @@ class EngineThread:
             result = error = None
             try:
                 result = function()
-            except Exception as caught:
+            except Exception as caught:  # of whatever kind: it is raised again where the call is awaited
                 error = caught
             loop.call_soon_threadsafe(settle, result, error)
 
@@ -111,7 +115,7 @@ class EngineThread:
             inbox.put_nowait(batch)
 
     def _fail_all(self) -> None:
-        error = EngineStopped("the engine has stopped")
+        error = EngineStopped()
         for future in self._calls:
             if not future.done():
                 future.set_exception(error)
@@ -133,7 +137,7 @@ class EngineThread:
                 if self._outbox:
                     outbox, self._outbox = self._outbox, []
                     self._loop.call_soon_threadsafe(self._deliver, outbox)
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, all requests must hear that nothing comes any more
             logger.critical("the engine's thread ends", exc_info=True)
             self.failure = error
         self._loop.call_soon_threadsafe(self._fail_all)
@@ -181,8 +185,12 @@ class Generation:
     async def start(self) -> None:
         """Queues all requests. ValueError or QueueFull if one is not let in."""
         self._thread._inboxes.add(self._inbox)
+        await self.call(self._submit)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises in the thread."""
         async with asyncio.timeout_at(self._deadline):
-            await self._thread.call(self._submit)
+            return await self._thread.call(function)
 
     def close(self) -> None:
         """Cancels what is left."""

@@ -1,10 +1,12 @@
-"""What stands before every request to the API: key, load, size and time of its body; and what follows when its client hangs up."""
+"""What stands before every request to the API: key, load, size and time of its body; and what follows when its client is gone."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
+import logging
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,8 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from omnimamba.server.errors import ApiError
 from omnimamba.server.service import Service
 
-WORK = ("/v1/chat/completions", "/v1/images/generations")
-"""Paths that put the engine to work; they wait their turn."""
+logger = logging.getLogger(__name__)
+
+NO_BODY = ("GET", "HEAD", "OPTIONS")
+"""Methods of requests without a body. All others bring memory or work: so many at once and no more."""
 _UNREAD = {"Connection": "close"}
 """What is left of the body cannot be told from the next request."""
 OTHER = "other"
@@ -21,18 +25,24 @@ OTHER = "other"
 
 
 class Guard:
-    """ASGI middleware. The application behind it gets the whole body at once and is cancelled when the client is gone."""
+    """ASGI middleware. The application behind it gets the whole body at once and is cancelled when the client is gone.
 
-    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
-        self.app, self.service, self.config, self.paths = app, service, service.config, paths
+    paths: those with a route. max_body_bytes: by path, where it is another than the configuration's.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str], max_body_bytes: Mapping[str, int]) -> None:
+        self.app, self.service, self.config, self.paths, self.max_body_bytes = app, service, service.config, paths, max_body_bytes
         self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"]
+        path, has_body = scope["path"], scope["method"] not in NO_BODY
         named = path if path in self.paths else OTHER
+        if scope["method"] == "HEAD":  # the HTTP server leaves out the body of its answer
+            scope = {**scope, "method": "GET"}
+        limit = self.max_body_bytes.get(path, self.config.max_body_bytes)
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -42,21 +52,20 @@ class Guard:
         body = _Body(receive, self.config.body_seconds)
         try:
             self._check_key(scope)
-            if path in WORK and self.num_in_flight >= self.service.max_in_flight:
+            if has_body and self.num_in_flight >= self.service.max_in_flight:
                 raise self.service.overloaded()
-            self.num_in_flight += path in WORK
+            self.num_in_flight += has_body
             try:
-                await self._pass(body, scope, receive, counted)
+                content = await self._content(body, limit, scope) if has_body else b""
+                if not body.is_gone:
+                    await self._pass(content, scope, receive, counted)
             finally:
-                self.num_in_flight -= path in WORK
+                self.num_in_flight -= has_body
         except ApiError as error:
-            await body.discard(self.config.max_body_bytes)
+            await body.discard(limit)
             await error.response(scope, receive, counted)
 
-    async def _pass(self, body: _Body, scope: Scope, receive: Receive, send: Send) -> None:
-        content = await self._content(body, scope)
-        if body.is_gone:
-            return
+    async def _pass(self, content: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         is_gone = asyncio.Event()
         messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
@@ -72,7 +81,17 @@ class Guard:
             is_gone.set()
             work.cancel()
 
-        work = asyncio.ensure_future(self.app(scope, replay, send))
+        async def send_in_time(message: Message) -> None:
+            """Waits until the client has taken in most of what was sent before. One that does not is as good as gone."""
+            try:
+                async with asyncio.timeout(self.config.send_seconds):
+                    await send(message)
+            except TimeoutError:
+                logger.warning("a client of %s did not read on for %g s; its answer is dropped", scope["path"], self.config.send_seconds)
+                is_gone.set()
+                raise asyncio.CancelledError from None
+
+        work = asyncio.ensure_future(self.app(scope, replay, send_in_time))
         watcher = asyncio.ensure_future(watch(work))
         try:
             await work
@@ -93,9 +112,8 @@ class Guard:
             message = "wrong or no API key; send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _content(self, body: _Body, scope: Scope) -> bytes:
+    async def _content(self, body: _Body, limit: int, scope: Scope) -> bytes:
         """The whole body."""
-        limit = self.config.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {limit} bytes, the limit", code="body_too_large", headers=_UNREAD)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:

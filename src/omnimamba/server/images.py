@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
 import io
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from PIL.Image import Image
 
 from omnimamba.engine.request import Request, SamplingParams
 from omnimamba.server.errors import ApiError, bad_request
-from omnimamba.server.schema import ImageRequest
+from omnimamba.server.schema import CompletedImage, ImageRequest, Images, ImageSettings, ImageUsage, PartialImage
 from omnimamba.server.service import Service
 
 
@@ -49,41 +49,69 @@ class Paintings:
             sampling = SamplingParams(**settings)
         self._request: Request = service.caption(body.prompt, sampling, body.n or 1)
 
-    async def response(self) -> dict[str, Any]:
+    async def response(self) -> Images:
         """All images."""
-        images: dict[int, Image] = {}
+        images: dict[int, str] = {}
         async with contextlib.aclosing(self._service.paint(self._request)) as paintings:
             async for painting in paintings:
-                images[painting.image_idx] = painting.image
-        data = [{"b64_json": b64_png(images[i])} for i in range(self._request.num_samples)]
-        return {"created": self._created, "data": data, **self._settings(), "seed": self._request.seed, "usage": self._usage()}
+                images[painting.image_idx] = await b64_png(painting.image)
+        return {
+            "created": self._created,
+            "data": [{"b64_json": images[i]} for i in range(self._request.num_samples)],
+            **self._settings(),
+            "seed": self._request.seed,
+            "usage": self._usage(),
+        }
 
-    async def events(self) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+    async def events(self) -> AsyncGenerator[tuple[str, PartialImage | CompletedImage], None]:
         """Events of one streamed image."""
         parts = self._num_partial + 1
         at_rows = sorted({max(1, self._grid_size * i // parts) for i in range(1, parts)})
         num_sent = 0
         async with contextlib.aclosing(self._service.paint(self._request, at_rows=at_rows)) as paintings:
             async for painting in paintings:
-                name = "image_generation.completed" if painting.is_complete else "image_generation.partial_image"
-                event = {"type": name, "b64_json": b64_png(painting.image), "created_at": self._created, **self._settings()}
+                image = await b64_png(painting.image)
+                event: PartialImage | CompletedImage
                 if painting.is_complete:
-                    yield name, event | {"seed": self._request.seed, "usage": self._usage()}
+                    event = {
+                        "type": "image_generation.completed",
+                        "b64_json": image,
+                        "created_at": self._created,
+                        **self._settings(),
+                        "seed": self._request.seed,
+                        "usage": self._usage(),
+                    }
                 else:
-                    yield name, event | {"partial_image_index": num_sent}
+                    event = {
+                        "type": "image_generation.partial_image",
+                        "b64_json": image,
+                        "created_at": self._created,
+                        **self._settings(),
+                        "partial_image_index": num_sent,
+                    }
                     num_sent += 1
+                yield event["type"], event
 
-    def _settings(self) -> dict[str, str]:
+    def _settings(self) -> ImageSettings:
         return {"size": self._size, "quality": "auto", "background": "opaque", "output_format": "png"}
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> ImageUsage:
         num_in = len(self._request.ids)
         num_out = self._request.num_samples * self._service.omni.config.num_image_tokens
-        details = {"text_tokens": num_in, "image_tokens": 0}
-        return {"input_tokens": num_in, "output_tokens": num_out, "total_tokens": num_in + num_out, "input_tokens_details": details}
+        return {
+            "input_tokens": num_in,
+            "output_tokens": num_out,
+            "total_tokens": num_in + num_out,
+            "input_tokens_details": {"text_tokens": num_in, "image_tokens": 0},
+        }
 
 
-def b64_png(image: Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+async def b64_png(image: Image) -> str:
+    """Made in another thread: compression takes long, and lets others run meanwhile."""
+
+    def encoded() -> str:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+    return await asyncio.to_thread(encoded)

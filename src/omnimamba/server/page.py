@@ -22,7 +22,8 @@ from omnimamba.engine.request import SamplingParams
 from omnimamba.server.errors import ApiError, bad_request
 from omnimamba.server.service import Service
 
-API_PATHS = ("/v1/", "/health", "/metrics")
+API_PATHS = ("/v1/", "/health", "/metrics", "/chat/completions", "/images/generations", "/models")
+"""The last three are of clients whose base URL lacks /v1: the API tells them."""
 USER = "omnimamba"
 """Who logs in where the server has an API key; the password is the key."""
 EXAMPLE = Path(__file__).parents[1] / "assets/nano/example.png"

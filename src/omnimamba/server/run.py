@@ -56,8 +56,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def run_on(self, bound: socket.socket) -> int:
-        """The exit code: 0 after a signal, 1 if the engine was lost."""
+        """The exit code: 0 after a signal, 1 if the engine was lost or did not even start."""
         # uvicorn raises the signal again once it has stopped; SIGTERM has done its work then
         signal.signal(signal.SIGTERM, lambda *_: None)
         self.run(sockets=[bound])
-        return 0 if self.service.thread.failure is None else 1
+        return 0 if self.started and self.service.thread.failure is None else 1

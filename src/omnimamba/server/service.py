@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 
 from omnimamba.config import Task
@@ -20,9 +20,10 @@ from omnimamba.engine.omnimamba import Conversation, OmniMamba, unread_ids
 from omnimamba.engine.request import Event, FinishReason, Request, Sample, SamplingParams
 from omnimamba.engine.scheduler import QueueFull
 from omnimamba.engine.text import AnswerText
-from omnimamba.processor.prompt import next_turn_ids
+from omnimamba.model.state import MambaState
+from omnimamba.processor.prompt import mmu_after_image, mmu_before_image, next_turn_ids
 from omnimamba.server.config import ServerConfig
-from omnimamba.server.engine_thread import EngineStopped, EngineThread, Generation
+from omnimamba.server.engine_thread import EngineThread, Generation
 from omnimamba.server.errors import ApiError, bad_request
 from omnimamba.server.metrics import Metrics
 from omnimamba.server.sources import check_image
@@ -30,16 +31,19 @@ from omnimamba.server.states import StateStore
 
 NUM_DECODERS = 2
 """Image files that are decoded at once; each may take three bytes a pixel, and more while it is resized."""
+WARM_UP_TOKENS = 17
+"""One from the prompt and a whole block of the decoder's steps."""
 STALLED_SECONDS = 120.0
 """A step that takes this long never ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image to talk about, ready for the towers."""
+    """An image to talk about, known to be whole."""
 
     key: str
-    pixels: dict[str, Tensor]
+    pixels: Callable[[], dict[str, Tensor]]
+    """What the towers read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +64,13 @@ class Painting:
     """An image whose first `num_rows` rows of tokens are painted."""
 
     image_idx: int
-    image: Image
+    image: Image.Image
     num_rows: int
     is_complete: bool
 
 
 class Service:
-    """One model at work. `start` and `stop` in the event loop that calls the rest.
+    """One model at work. `start`, `warm_up` and `stop` in the event loop that calls the rest.
 
     on_failure: called in that loop if the engine has come to an end by itself.
     """
@@ -78,6 +82,11 @@ class Service:
         )
         self.metrics = Metrics(self.thread)
         self.states = StateStore(config.state_bytes)
+        self.bytes_per_state = MambaState.zeros(omni.config.backbone, 1, device="meta").bytes_per_slot
+        if 0 < config.state_bytes < self.bytes_per_state:
+            raise ValueError(
+                f"state_bytes={config.state_bytes} has no room for one state, which takes {self.bytes_per_state}; 0 keeps none"
+            )
         self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="images")
         self._mean_seconds = 1.0
 
@@ -87,6 +96,23 @@ class Service:
 
     def start(self) -> None:
         self.thread.start()
+
+    async def warm_up(self) -> None:
+        """Reads an image, answers and paints, so that no client waits for what is compiled, captured or allocated on first use."""
+        await self.thread.call(self._first_work)
+
+    def _first_work(self) -> None:
+        omni, has_vision, has_vq = self.omni, self.omni.bundle.vision is not None, self.omni.bundle.vq is not None
+        features = omni.encode_image([Image.new("RGB", (64, 64))])[0] if has_vision else None
+        answer = SamplingParams(temperature=0, max_new_tokens=WARM_UP_TOKENS, past_last_position="clamp")
+        requests = [Request(Task.MMU, omni.first_turns([("user", "Hello")]), features, sampling=answer)]
+        if has_vq:
+            num_tokens = omni.config.num_image_tokens
+            settings = omni.defaults if self.engine.scheduler.num_slots > 1 else dataclasses.replace(omni.defaults, guidance_scale=1.0)
+            painting = SamplingParams(**dataclasses.asdict(settings), max_new_tokens=min(WARM_UP_TOKENS, num_tokens))
+            requests.append(omni.paint_request("apple", painting, 1))
+            omni.paint([[0] * num_tokens])
+        self.engine.run(requests)
 
     async def stop(self) -> None:
         await self.thread.stop()
@@ -120,11 +146,16 @@ class Service:
         """ApiError for what is not an image within the limits."""
         if self.omni.bundle.vision is None:
             raise ApiError(400, "this model was saved without its vision towers, so it sees no image", param="messages")
+        opening = (*mmu_before_image(self.omni.tokenizer), *mmu_after_image(self.omni.tokenizer))
 
         def decode() -> Picture:
             check_image(data, self.config.max_image_pixels)
+            key = hashlib.sha256(data).hexdigest()
+            if self.engine.prefix_cache.has(key, opening):  # decoded before, and not needed again unless that snapshot goes just now
+                return Picture(key, lambda: self.omni.tower_inputs([data]))
             with bad_request("messages", code="invalid_image"):
-                return Picture(hashlib.sha256(data).hexdigest(), self.omni.tower_inputs([data]))
+                pixels = self.omni.tower_inputs([data])
+            return Picture(key, lambda: pixels)
 
         return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
 
@@ -134,15 +165,36 @@ class Service:
         """The request for an answer to ("user" | "assistant", text) messages, the image in front of them."""
         with bad_request("messages"):
             ids = self.omni.first_turns(messages)
-        features = None if picture is None else lambda: self.omni.encode_pixels(picture.pixels)[0]
+        features = None if picture is None else lambda: self.omni.encode_pixels(picture.pixels())[0]
         key = "no image" if picture is None else picture.key
-        return Request(Task.MMU, ids, features, sampling=sampling, num_samples=num_samples, keep_state=keep_state, prefix_key=key)
+        request = Request(Task.MMU, ids, features, sampling=sampling, num_samples=num_samples, keep_state=keep_state, prefix_key=key)
+        return self._with_room(request)
 
     def next_question(self, past: Conversation, text: str, sampling: SamplingParams, num_samples: int, *, keep_state: bool) -> Request:
         """The request for an answer to the next question of a conversation that was kept."""
         with bad_request("messages"):
             ids = (*past.unread_ids, *next_turn_ids(self.omni.tokenizer, text))
-        return Request(Task.MMU, ids, sampling=sampling, num_samples=num_samples, state=past.state, keep_state=keep_state)
+        request = Request(Task.MMU, ids, sampling=sampling, num_samples=num_samples, state=past.state, keep_state=keep_state)
+        return self._with_room(request)
+
+    def num_prompt_tokens(self, request: Request) -> int:
+        """Positions that a question takes, its image's included; those that its state has read are not counted."""
+        return len(request.ids) + (self.omni.config.num_vision_tokens if request.state is None else 0)
+
+    def _with_room(self, request: Request) -> Request:
+        """The request. ApiError if the position table is too short for it, in the words of the API."""
+        rows, num = self.omni.config.mmu_positions, request.sampling.max_new_tokens
+        length = self.num_prompt_tokens(request) + (0 if request.state is None else int(request.state.position[0]))
+        room = rows - length + 1  # the last token is not read
+        # the first words are those that clients look for to tell this error from others
+        message = f"this model's maximum context length is {rows} tokens, of which the conversation takes {length}; "
+        if room < 1:
+            raise ApiError(400, f"{message}shorten it", param="messages", code="context_length_exceeded")
+        if num is not None and num > room:
+            raise ApiError(
+                400, f"{message}max_tokens={num} is too many, pass at most {room}", param="max_tokens", code="context_length_exceeded"
+            )
+        return request
 
     async def answer(
         self, request: Request, *, stop: Sequence[str] = (), messages: Sequence[tuple[str, str]] = ()
@@ -189,10 +241,10 @@ class Service:
                     num_rows, rest = divmod(len(tokens[image_idx]), grid_size)
                     if rest == 0 and num_rows in at_rows and event.finish_reason is None:
                         ids = list(tokens[image_idx])
-                        yield Painting(image_idx, await self.thread.call(lambda ids=ids: self.omni.paint_so_far(ids)), num_rows, False)
+                        yield Painting(image_idx, await generation.call(lambda ids=ids: self.omni.paint_so_far(ids)), num_rows, False)
                 complete = [image_idx for image_idx, event in batch if event.finish_reason is not None]
                 ids = [tokens[image_idx] for image_idx in complete]
-                images = await self.thread.call(lambda ids=ids: self.omni.paint(ids)) if complete else []
+                images = await generation.call(lambda ids=ids: self.omni.paint(ids)) if complete else []
                 self.metrics.images.inc(len(images))
                 for image_idx, image in zip(complete, images, strict=True):
                     yield Painting(image_idx, image, grid_size, True)
@@ -218,8 +270,6 @@ class Service:
         except TimeoutError:
             message = f"the answer was not complete within {self.config.request_seconds:g} s"
             raise ApiError(504, message, code="timeout") from None
-        except EngineStopped:
-            raise ApiError(503, "the engine has stopped; this server answers no more", code="engine_stopped") from None
         except (asyncio.CancelledError, GeneratorExit):
             self.metrics.cancelled.inc()
             raise
@@ -233,7 +283,7 @@ class _Batches:
     def __init__(self, generation: Generation, metrics: Metrics, task: str) -> None:
         self._generation, self._metrics, self._task = generation, metrics, task
         self._has_token = False
-        self.cancel_sample = generation.cancel_sample
+        self.call, self.cancel_sample = generation.call, generation.cancel_sample
 
     def __aiter__(self) -> _Batches:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class EventStream(Response):
     """Each item of `events` as one event, (name, data); a name of None is left out. An error on the way is the last event."""
 
-    def __init__(self, events: AsyncGenerator[tuple[str | None, dict[str, Any] | str], None]) -> None:
+    def __init__(self, events: AsyncGenerator[tuple[str | None, Mapping[str, Any] | str], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self.events = events
@@ -33,13 +33,13 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _with_errors(self) -> AsyncIterator[tuple[str | None, dict[str, Any] | str]]:
+    async def _with_errors(self) -> AsyncIterator[tuple[str | None, Mapping[str, Any] | str]]:
         try:
             async for event in self.events:
                 yield event
         except ApiError as error:
             yield None, error.body
-        except Exception:
+        except Exception:  # of whatever kind: the status is sent already, so only an event can tell the client
             logger.exception("a streamed answer failed")
             yield None, ApiError(500, "the server failed on this request; its log says how", code="internal_error").body
 

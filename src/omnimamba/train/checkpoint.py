@@ -125,7 +125,7 @@ def read_step(path: Path, *, fingerprint: str) -> int:
         meta = json.loads((path / META_FILE).read_text())
         step, recipe = int(meta["step"]), str(meta["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged(path, error) from error
     if recipe != fingerprint:
         raise ValueError(f"{path}: saved by another recipe; give another `out` folder or delete this one to start again")
     return step
@@ -136,7 +136,7 @@ def stored(path: Path) -> dict[str, TensorStorageMetadata]:
     try:
         found = FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:  # unpickling what is damaged raises anything
-        raise _damaged(path, error) from None
+        raise _damaged(path, error) from error
     return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -148,7 +148,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], *, processes: Processes = AL
     except CheckpointException as error:
         raise _damaged(path, next(iter(error.failures.values()))[0]) from None
     except Exception as error:
-        raise _damaged(path, error) from None
+        raise _damaged(path, error) from error
 
 
 def read(path: Path) -> dict[str, Tensor]:
