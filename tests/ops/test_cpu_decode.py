@@ -118,6 +118,15 @@ def test_int4_at_its_edges():
         torch.testing.assert_close(found, x @ matrix.T, rtol=1e-4, atol=1e-6 * x.abs().sum().item())
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_no_number_stays_none(name, wrong):
+    x = randn(2, COLUMNS)
+    x[0, 3] = wrong
+    found, _ = product(name, randn(4, COLUMNS, seed=1), x)
+    assert not found[0].isfinite().any() and found[1].isfinite().all()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_row_does_not_depend_on_its_neighbours(name):
     weight, x = randn(19, COLUMNS), randn(6, COLUMNS, seed=1)

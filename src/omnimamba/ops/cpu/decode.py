@@ -243,19 +243,20 @@ def round_columns(x, k, y):
     """Writes x [k] as `_two_int4` reads it: int16 numbers of x over a common scale, those of even columns [k / 2] and of odd ones [k / 2];
     of each group LANES int32 numbers whose sum takes off the 8 that nibbles have too much; the scale.
     """
-    largest = float32(0)
+    largest, nothing = float32(0), float32(0)
     for i in range(k):
-        largest = max(largest, abs(get_f32(x + FLOAT * i)))
+        number = get_f32(x + FLOAT * i)
+        largest, nothing = max(largest, abs(number)), nothing + number * float32(0)
     scale = largest / float32(32767) if largest > 0 else float32(1)
     for group in range(k // GROUP_SIZE):
         added = int32(0)
         for i in range(group * GROUP_SIZE, (group + 1) * GROUP_SIZE):
-            number = int16(np.rint(get_f32(x + FLOAT * i) / scale))
-            set_i16(y + 2 * (i // 2) + (k if i % 2 else 0), number)
-            added += number
+            rounded = int16(np.rint(get_f32(x + FLOAT * i) / scale))
+            set_i16(y + 2 * (i // 2) + (k if i % 2 else 0), rounded)
+            added += rounded
         for lane in range(LANES):
             set_i32(y + 2 * k + GROUP_SIZE * group + FLOAT * lane, int32(-8 * added if lane == 0 else 0))
-    set_f32(y + 3 * k, scale)
+    set_f32(y + 3 * k, scale + nothing)  # NaN if a number is no number
 
 
 @jit
