@@ -75,7 +75,7 @@ class CPUDecoder:
         b, shape = len(slots), self.shape
         order = sorted(range(b), key=lambda row: TASKS.index(tasks[row]))
         num_t2i = sum(task is Task.T2I for task in tasks)
-        residual = x.float()[order].contiguous()
+        residual = x.float().index_select(0, torch.tensor(order))
         projected, gated = torch.empty(b, kernels.width_of(shape)), torch.empty(b, shape.d_inner)
         logits = {Task.T2I: torch.empty(num_t2i, shape.image_vocab_size), Task.MMU: torch.empty(b - num_t2i, shape.text_vocab_size)}
         rows = kernels.Rows(

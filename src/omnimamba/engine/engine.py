@@ -312,7 +312,8 @@ class Engine:
         params = [sequence.job.request.sampling for sequence in sequences]
         keys, steps = [sequence.key for sequence in sequences], [len(sequence.tokens) for sequence in sequences]
         rows = SamplingRows.of(params, keys, steps, self.device)
-        guided = guide(logits[own].float(), logits[null].float(), rows.guidance_scale)
+        # index_select: see Runner.decode
+        guided = guide(logits.index_select(0, own).float(), logits.index_select(0, null).float(), rows.guidance_scale)
         if sequences[0].job.request.task is Task.MMU:
             guided[:, self.suppressed_ids] = -torch.inf
         for sequence, token in zip(sequences, sample(guided, rows).tolist(), strict=True):

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnimamba.config import Task
@@ -38,7 +39,7 @@ def read(model: OmniMambaModel, x: Tensor, task: Task, state: MambaState, length
 def position_rows(model: OmniMambaModel, position: Tensor, task: Task) -> Tensor:
     """Rows of the task's table [..., d], the last one again past its end (requests that may not get there are refused)."""
     table = model.positions[task]
-    return table[position.clamp(max=table.shape[0] - 1)]
+    return F.embedding(position.clamp(max=table.shape[0] - 1), table)
 
 
 @dataclasses.dataclass

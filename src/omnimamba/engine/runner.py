@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -168,7 +169,7 @@ class Runner:
 
     def embed_tokens(self, ids: Tensor, task: Task) -> Tensor:
         """Embeddings [..., d] of generated tokens without positions. ids: [...]."""
-        return self.image_table[ids] if task is Task.T2I else self.model.embed_text(ids)
+        return F.embedding(ids, self.image_table) if task is Task.T2I else self.model.embed_text(ids)
 
     # ---- forward passes
 
@@ -192,12 +193,14 @@ class Runner:
     def decode(self, slots: list[int], tasks: Sequence[Task], tokens: Sequence[int]) -> dict[Task, Tensor]:
         """Per task, the logits [r, v] of its rows in order, after each slot has read one token; slots are updated in place."""
         model = self.model
+        # F.embedding, index_select and index_copy_: x[index] would start OpenMP's threads, which then spin on the cores of the CPU's step
         ids = torch.tensor(tokens, device=model.device)
         rows = {task: torch.tensor([i for i, t in enumerate(tasks) if t is task], device=model.device) for task in Task if task in tasks}
         position = self.state.position[torch.tensor(slots, device=model.device)]
         x = torch.empty(len(slots), model.config.backbone.d_model, device=model.device, dtype=model.dtype)
         for task, index in rows.items():
-            x[index] = self.embed_tokens(ids[index], task) + position_rows(model, position[index], task).to(x.dtype)
+            positions = position_rows(model, position.index_select(0, index), task)
+            x.index_copy_(0, index, self.embed_tokens(ids.index_select(0, index), task) + positions.to(x.dtype))
         if self.cpu_decoder is not None:
             return self.cpu_decoder.step(x, slots, tasks)
         state = self.state.slots(slots)
