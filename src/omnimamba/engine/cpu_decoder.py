@@ -99,8 +99,9 @@ class CPUDecoder:
         except BaseException:
             self._counter.fill_(NEVER)  # nobody goes on waiting for this thread
             raise
-        for other in others:
-            other.result()
+        finally:
+            for other in others:  # none may still be at work when the next step counts from 0
+                other.result()
         self.state.position[torch.tensor(slots)] += 1
         return {task: scores for task, scores in logits.items() if len(scores)}
 

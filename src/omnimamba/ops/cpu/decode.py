@@ -41,11 +41,10 @@ from omnimamba.ops.cpu.vector import (
     total,
     wait_for_all,
 )
+from omnimamba.ops.quant import GROUP_SIZE
 
 F32, BF16, INT8, FP8, INT4 = range(5)
 """Number formats of a matrix; states have the first two."""
-GROUP_SIZE = 64
-"""Columns that share a scale in INT4."""
 TILE = 4
 """Rows of activations that are multiplied with a weight while it is in a register."""
 AHEAD = 4096

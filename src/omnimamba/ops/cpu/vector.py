@@ -246,8 +246,8 @@ def _scalar(element: ir.Type, numba_type: Any) -> tuple[Any, Any]:
 
 get_f32, set_f32 = _scalar(_F32, types.float32)
 get_u16, set_u16 = _scalar(ir.IntType(16), types.uint16)
-get_i16, set_i16 = _scalar(ir.IntType(16), types.int16)
-get_i32, set_i32 = _scalar(_I32, types.int32)
+_, set_i16 = _scalar(ir.IntType(16), types.int16)
+_, set_i32 = _scalar(_I32, types.int32)
 
 
 @intrinsic
