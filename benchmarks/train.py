@@ -1,21 +1,25 @@
 """Times training by the shipped recipes, on made-up data and random weights: with and without CUDA graphs, less memory for more time.
 
     PYTHONPATH=src python3 benchmarks/train.py --json out.json
+    PYTHONPATH=src python3 benchmarks/train.py --profile --cases "1.3b stage 2" --variants chunk
 
 The training loop itself runs, batches, augmentation and frozen encoders included; the figures are those of its log, without the first
 interval, in which kernels are compiled and graphs recorded. First all variants train a tiny model in fp32: if their losses differ,
 nothing is timed, and the exit code is 1. MFU: products and convolutions of a step that need no second pass over a block, as PyTorch
 counts them (those in our kernels are left out), over the rate of a large bf16 product in the same run. Needs the extra `train` without
-pyarrow, and a CUDA device. The last line on stdout is JSON.
+pyarrow, and a CUDA device. With --profile the kernels of a step by their time, and what a step keeps for its backward pass by shape.
+The last line on stdout is JSON.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,9 @@ from _measure import Memory, milliseconds
 from _report import add_json_option, begin, finish
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from omnimamba.config import OmniMambaConfig, Task
@@ -35,9 +42,11 @@ from omnimamba.train import loop
 from omnimamba.train.config import Recipe, read_recipe
 from omnimamba.train.metrics import LOG_FILE, read_log
 from omnimamba.train.omnimamba import OmniMambaObjective, TaskLosses
+from omnimamba.train.optim import adamw, trainable
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NUM_IMAGES = 4
+PROFILED_STEPS, PROFILE_LINES = 3, 40
 CHECKED_STEPS, TOLERANCE = 8, 1e-4  # of the losses, relative
 TOKENIZER_SIZE = 257  # end of text and the bytes
 
@@ -98,7 +107,8 @@ def made_up(case: Case, variant: str, folder: Path, steps: int, log_every: int) 
     files += [f"init.vision={folder}/vision.safetensors"] if case.answer else []
     start = ["init.backbone=", "init.mmu=", "init.t2i=", "init.shared=", f"model.base_vocab_size={TOKENIZER_SIZE}", "model.eos_id=0"]
     data = [f"data.folder={folder}", "data.images=folder", "data.in_memory=true", "data.val_split=", "data.joined=0.0", "data.versions=1"]
-    data += ["data.captions=captions.jsonl", "data.conversations=conversations.jsonl"]
+    data += ["data.repeat={}", "lookalikes.versions=0", "lookalikes.labels={}"]
+    data += ["data.captions=captions.jsonl", "data.conversations=conversations.jsonl", "lookalikes.versions=0", "lookalikes.labels="]
     run = [f"train.steps={steps}", f"train.log_every={log_every}", f"out={folder}/{variant}"]
     run += [f"train.{name}_every=0" for name in ("val", "sample", "save")]
     return read_recipe(RECIPES / case.recipe, [*files, *start, *data, *run, *case.overrides, *VARIANTS[variant]])
@@ -138,6 +148,48 @@ def timed(recipe: Recipe, product_rate: float, device: str) -> dict[str, float |
     }
 
 
+def profiled(recipe: Recipe, device: str, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """The kernels of a step by their time, and the tensors that one keeps for its backward pass, by shape; parameters are left out."""
+    objective = TimedObjective(recipe, torch.device(device))
+    optimizers = {"model": adamw(trainable(objective.model).values(), recipe.train)}
+    generator, batch = torch.Generator(device), objective.batch(0)
+    step = functools.partial(loop.train_step, objective, optimizers, recipe, batch, 0, generator=generator, device=objective.device)
+    step()
+    kept: dict[int, Tensor] = {}  # by address: a tensor may be kept by several operators, or in parts
+    parameters = {p.data_ptr() for p in objective.model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if base.untyped_storage().data_ptr() not in parameters:
+            kept[base.untyped_storage().data_ptr()] = base.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            loss = objective.loss("model", batch, 0, generator)["loss"]
+    size, number = Counter[str](), Counter[str]()
+    for tensor in kept.values():
+        name = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        size[name] += tensor.untyped_storage().nbytes()
+        number[name] += 1
+    del loss
+    kept.clear()
+    step()
+    is_gpu = device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_gpu]) as profiler:
+        for _ in range(steps):
+            step()
+        if is_gpu:
+            torch.cuda.synchronize()
+    on_device = DeviceType.CUDA if is_gpu else DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == on_device]
+    times = {event.key: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / steps / 1e3 for event in events}
+    return {
+        "kernels": [{"ms": times[e.key], "calls": e.count / steps, "name": e.key} for e in sorted(events, key=lambda e: -times[e.key])],
+        "kept": [{"GB": num_bytes / 1e9, "tensors": number[name], "name": name} for name, num_bytes in size.most_common()],
+    }
+
+
 def product_rate(device: str) -> float:
     """FLOP/s of a large bf16 product."""
     size = 8192 if device == "cuda" else 512
@@ -165,6 +217,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES)[:3], metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="; ".join(VARIANTS))
     parser.add_argument("--steps", type=int, default=10, help="of an interval; the figures are the median of three")
+    parser.add_argument("--profile", action="store_true", help="print where time and memory of a step go instead")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, without graphs, as a test of this script")
     arguments = parser.parse_args()
     device = "cpu" if arguments.cpu else "cuda"
@@ -186,6 +239,10 @@ def main() -> int:
             write_data(Path(folder), made_up(case, "python", Path(folder), 1, 1).config, case)
             for variant in variants:
                 recipe = made_up(case, variant, Path(folder), 4 * arguments.steps, arguments.steps)
+                if arguments.profile:
+                    report["cases"][name][variant] = found = profiled(recipe, device, PROFILED_STEPS)
+                    print(f"{name}, {variant}, of each step:", *profile_lines(found), sep="\n", flush=True)
+                    continue
                 try:
                     figures: dict[str, float | None] | str = timed(recipe, rate, device)
                 except torch.cuda.OutOfMemoryError:
@@ -200,6 +257,16 @@ def line(figures: dict[str, float | None] | str) -> str:
     if isinstance(figures, str):
         return figures
     return "   ".join(f"{value:.3g} {name}" for name, value in figures.items() if value is not None)
+
+
+def profile_lines(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    kernels, kept = found["kernels"], found["kept"]
+    lines = [f"{sum(e['ms'] for e in kernels):8.2f} ms in {sum(e['calls'] for e in kernels):.0f} kernels"]
+    lines += [
+        f"{e['ms']:8.2f} ms {e['calls']:7.1f} x {e['ms'] / e['calls'] * 1e3:8.1f} us  {e['name'][:150]}" for e in kernels[:PROFILE_LINES]
+    ]
+    lines += [f"{sum(e['GB'] for e in kept):8.2f} GB kept for the backward pass, weights left out"]
+    return lines + [f"{e['GB']:8.2f} GB {e['tensors']:5} x {e['name']}" for e in kept[:PROFILE_LINES]]
 
 
 if __name__ == "__main__":

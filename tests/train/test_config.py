@@ -137,6 +137,7 @@ def test_overrides_of_the_recipe_itself(read):
         (VQ, ("augment.scale=-1",), "augmentation scale=-1 is negative"),
         (VQ, ("tower.mixup=1", "tower.plain_share=0.6", "tower.collage_share=0.6"), "exceeds 1"),
         (STAGE2, ("data.versions=0",), "data.versions=0; pass 1 or more"),
+        (STAGE2, ("data.repeat={name=0}",), "pass 1 or more for each type"),
         (STAGE2, ("data.versions=2", "data.tokens=x"), "data.versions=2 are made of the images at the start"),
         (VQ, ("tower.collage_share=0.2",), "tower.collage_labels and tower.collage_share belong together"),
         (VQ, ('tower.collage_labels=["style"]',), "tower.collage_labels names style, not in tower.labels; valid: caption"),

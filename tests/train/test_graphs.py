@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,7 +120,7 @@ def test_one_recording_for_each_set_of_shapes(recipe):
         return {"loss": batch[Task.MMU].ids.sum()}
 
     steps = RecordedSteps(step, CPU, repeater)
-    batches = [{Task.MMU: data.batch(idx)} for idx in ([with_image] * 2, [text_only] * 2)]
+    batches = [{Task.MMU: data.batch(idx, np.random.default_rng(0))} for idx in ([with_image] * 2, [text_only] * 2)]
     for number, i in enumerate((0, 1, 0, 0, 1, 0)):
         assert steps(batches[i], number)["loss"] == batches[i][Task.MMU].ids.sum()
         for buffer, tensor in zip(seen[-1][1][Task.MMU], batches[i][Task.MMU], strict=True):

@@ -28,6 +28,7 @@ from omnimamba.train.stages import BACKBONE_GROUPS, LORA_STAGES, STAGES, group_o
 from omnimamba.train.task_data import joined, padded_length
 
 CPU = torch.device("cpu")
+RNG = np.random.default_rng(0)  # for batches without anything random
 
 
 def turns(question, answer):
@@ -111,7 +112,7 @@ def test_understanding_batch(recipe):
     data, tok = objective.mmu, objective.mmu.tok
     with_image = next(i for i, sample in enumerate(data.samples) if sample.image == "train-3")
     text_only = next(i for i, sample in enumerate(data.samples) if sample.image is None)
-    batch = data.batch([text_only, with_image, with_image])
+    batch = data.batch([text_only, with_image, with_image], RNG)
     assert batch.ids.shape[1] % 16 == 0
     assert batch.ids[:, :4].tolist() == [[tok.mmu_id, tok.soi_id, tok.eoi_id, tok.sot_id]] * 3
     assert batch.image_rows.tolist() == [1, 2] and torch.equal(batch.pixels[0], batch.pixels[1])
@@ -123,8 +124,8 @@ def test_understanding_batch(recipe):
     assert tok.decode(learned[1]) == "black circle" and learned[1][-1] == tok.eos_id and learned[1] == learned[2]
     assert len(learned[0]) > 10 and batch.ids[:, 4:].flatten()[batch.places[:9]].tolist() == learned[0][:9]
     assert batch.num_labels == sum(map(len, learned))
-    assert data.batch([text_only, text_only]).pixels is None
-    losses = objective.loss("model", {Task.MMU: data.batch([text_only])}, 0, torch.Generator())
+    assert data.batch([text_only, text_only], RNG).pixels is None
+    losses = objective.loss("model", {Task.MMU: data.batch([text_only], RNG)}, 0, torch.Generator())
     assert losses["loss"].isfinite()
 
 
@@ -137,7 +138,7 @@ def test_mean_by_sample(recipe, by_sample):
     short, long = (f(range(len(data.samples)), key=lambda i: len(data.samples[i].labels)) for f in (min, max))
 
     def mean_loss(idx):
-        batch = data.batch(idx)
+        batch = data.batch(idx, RNG)
         return (objective.losses({Task.MMU: objective.mmu_inputs(batch, None)})[Task.MMU] / batch.num_labels).item()
 
     mean_of_samples = (mean_loss([short]) + mean_loss([long])) / 2
@@ -153,10 +154,10 @@ def test_padding_changes_nothing(recipe, by_sample, parts):
     text_only = [i for i, sample in enumerate(data.samples) if sample.image is None]
     with_image = [i for i, sample in enumerate(data.samples) if sample.image is not None]
     idx = [with_image[0], text_only[0], with_image[1], with_image[2], text_only[1], with_image[5]]
-    batch = data.batch(idx)
+    batch = data.batch(idx, RNG)
     assert len(batch.pixels) == 4 and batch.image_rows.tolist() == [0, 2, 3, 5]
     more_idx = [*idx[:4], with_image[4], idx[5]]
-    more = data.batch(more_idx)
+    more = data.batch(more_idx, RNG)
     assert len(more.pixels) == 6 and more.image_rows.tolist() == [0, 2, 3, 4, 5, 6]  # parts of 2
     assert len(batch.places) < batch.ids[:, 4:].numel() and (batch.shares == 0).any()
 
@@ -203,6 +204,13 @@ def test_conversations_that_do_not_fit_are_counted(recipe, caplog):
         make_objective(recipe("stage1_mmu", max_text_tokens=3), CPU)
     with pytest.raises(ValueError, match="train.max_text_tokens=1000 exceeds the 236 positions left after the image; lower it"):
         make_objective(recipe("stage1_mmu", max_text_tokens=1000), CPU)
+
+
+def test_repeated_kinds(recipe, change):
+    once, more = (make_objective(change(recipe("stage1_mmu"), "data", repeat=repeat), CPU).mmu.samples for repeat in ({}, {"name": 3}))
+    assert len({sample.kind for sample in once}) == 2
+    for sample in once:
+        assert more.count(sample) == once.count(sample) * (3 if sample.kind == "name" else 1)
 
 
 def test_joined_conversations():
@@ -315,7 +323,7 @@ def test_a_dataset_of_hugging_face(recipe, change, data_folder, tmp_path):
     shards = change(base, "data", folder=str(tmp_path), image_column="png", captions="column:txt", conversations="column:json")
     objective = make_objective(shards, CPU)
     assert objective.t2i.captions == [(row["caption"],) for row in rows]
-    batch = objective.mmu.batch([2])
+    batch = objective.mmu.batch([2], RNG)
     assert objective.mmu.tok.decode(answers(batch)[0]) == rows[2]["caption"]
     plain = make_objective(recipe("stage2"), CPU)
     position = plain.mmu.images.position[rows[2]["id"]]
@@ -506,7 +514,7 @@ def test_backbone_that_is_not_there(model, tmp_path):
 def test_projector_starts_with_standardised_features(recipe):
     plain = OmniMambaObjective(recipe("stage1_mmu"), torch.device("cpu"))
     scaled = OmniMambaObjective(recipe("stage1_mmu", standardise_features=True), torch.device("cpu"))
-    features = plain.features(plain.mmu.batch(plain.mmu_sampler.indices(0)), None)
+    features = plain.features(plain.mmu.batch(plain.mmu_sampler.indices(0), RNG), None)
     rows = features.flatten(0, 1)
     expected = plain.model.projector[0]((features - rows.mean(0)) / rows.std(0).clamp_min(0.1 * rows.std(0).mean()))
     torch.testing.assert_close(scaled.model.projector[0](features), expected, atol=1e-4, rtol=1e-4)

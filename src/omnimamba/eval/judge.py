@@ -68,14 +68,16 @@ class Judge:
     def similarities(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """Cosines [b, t] of RGB images and captions, on the CPU."""
         embedded = [self._embed_images(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-        texts = [self._embed_captions(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
+        texts = [self.embed_texts(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
         return (torch.cat(embedded) @ torch.cat(texts).T).cpu()
 
     def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = {name: torch.stack([tower_pixels(image, tower) for image in images]) for name, tower in self.config.towers.items()}
         return self.heads.embed_features(self.vision({name: batch.to(self.device) for name, batch in pixels.items()}))
 
-    def _embed_captions(self, captions: Sequence[str]) -> Tensor:
+    @torch.no_grad()
+    def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors [t, dim]. ValueError for a text that is empty or too long."""
         rows = [self.tokenizer.encode(caption) for caption in captions]
         for caption, ids in zip(captions, rows, strict=True):
             if not 0 < len(ids) <= MAX_TEXT_TOKENS:

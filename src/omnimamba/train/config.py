@@ -90,6 +90,8 @@ class Data:
     """Conversation file in LLaVA's format, `{split}` is replaced; or `column:NAME` of a data set of kind `datasets`."""
     kinds: tuple[str, ...] = ()
     """Use only conversations whose `type` is one of these; empty: all."""
+    repeat: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How often conversations of a `type` come in an epoch, as in { name = 3 }; 1 for types that are not named."""
     joined: float = 0.0
     """Share of images that get one sample more, of all that is asked about them: practice in longer conversations."""
     alignment: bool = False
@@ -110,10 +112,12 @@ class Data:
         at_least("data", self, 1, "num_threads", "stream_buffer", "versions")
         at_least("data", self, 0, "joined", at_most=1)
         at_least("data", self, 0, "max_broken")
+        if not all(isinstance(times, int) and times > 0 for times in self.repeat.values()):
+            raise ValueError(f"data.repeat={self.repeat}; pass 1 or more for each type")
         if self.versions > 1 and (self.tokens or self.streaming):
             raise ValueError(f"data.versions={self.versions} are made of the images at the start; leave out data.tokens and data.streaming")
-        if self.streaming and (self.images != "datasets" or self.tokens or self.joined or self.kinds or self.in_memory):
-            raise ValueError("data.streaming is for data.images='datasets', without tokens, joined, kinds and in_memory")
+        if self.streaming and (self.images != "datasets" or self.tokens or self.joined or self.kinds or self.repeat or self.in_memory):
+            raise ValueError("data.streaming is for data.images='datasets', without tokens, joined, kinds, repeat and in_memory")
         for name in ("captions", "conversations"):
             if self.streaming and getattr(self, name) and not getattr(self, name).startswith(COLUMN):
                 raise ValueError(f"data.{name}={getattr(self, name)}: of a stream name a column, as in column:{name}")
@@ -253,6 +257,28 @@ class TowerTraining:
 
 
 @dataclasses.dataclass(frozen=True)
+class LookalikeTraining:
+    """Questions come with images that the tower takes for theirs (see `lookalikes.py`)."""
+
+    versions: int = 0
+    """Copies of each image, with the changes of [augment], that the tower looks at before the first step; 0: off."""
+    blend: float = 0.5
+    """Share of them that are blended with another image."""
+    temperature: float = 1.0
+    """Of the tower's probabilities: below 1, what it thinks most probable is drawn more often."""
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    """For a kind of question the text column of the Parquet files that it depends on, as in { name = "caption" }. Questions of other
+    kinds come with a version of their own image."""
+
+    def __post_init__(self) -> None:
+        at_least("lookalikes", self, 0, "versions")
+        at_least("lookalikes", self, 0, "blend", at_most=1)
+        at_least("lookalikes", self, 0.01, "temperature")
+        if bool(self.versions) != bool(self.labels):
+            raise ValueError("lookalikes.versions and lookalikes.labels belong together: set both")
+
+
+@dataclasses.dataclass(frozen=True)
 class Samples:
     """What is painted and described during training, with the settings of inference."""
 
@@ -282,6 +308,7 @@ class Recipe:
     """For the plain images of tower training."""
     vq: VQTraining = VQTraining()
     tower: TowerTraining = TowerTraining()
+    lookalikes: LookalikeTraining = LookalikeTraining()
     samples: Samples = Samples()
     out: str = ""
     """Run folder; by default runs/ and the recipe's name."""
@@ -326,6 +353,8 @@ class Recipe:
         for task, batch in (("mmu", train.mmu_batch), ("t2i", train.t2i_batch)):
             if (task in stage.tasks) != (batch > 0):
                 raise ValueError(f"train.{task}_batch={batch}, but {train.stage} trains {' and '.join(stage.tasks)}")
+        if self.lookalikes.versions and not (self.data.images == "parquet" and self.data.in_memory and "mmu" in stage.tasks):
+            raise ValueError("lookalikes.versions needs a stage of understanding, data.images='parquet' and data.in_memory=true")
         if train.train_backbone and self.preset not in PRESETS_WITHOUT_PRETRAINED_BACKBONE:
             raise ValueError(f"train.train_backbone=true is for presets without a pretrained backbone, not for {self.preset}")
         if train.stage in LORA_STAGES and not (self.init.model and self.config.lora.rank):
@@ -365,6 +394,7 @@ SECTIONS: dict[str, type] = {
     "augment_plain": Augmentation,
     "vq": VQTraining,
     "tower": TowerTraining,
+    "lookalikes": LookalikeTraining,
     "samples": Samples,
 }
 

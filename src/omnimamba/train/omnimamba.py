@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import logging
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +96,7 @@ class OmniMambaObjective(Objective):
             if train.standardise_features:
                 if isinstance(self.mmu, UnderstandingData) and not len(self.mmu.images):
                     raise ValueError("train.standardise_features looks at training images, and no conversation is about one")
-                batches = (self.mmu.batch(self.mmu_sampler.indices(step)) for step in itertools.count())
+                batches = (self.mmu.batch(self.mmu_sampler.indices(step), self.rng(step, "images")) for step in itertools.count())
                 batch = next(batch for batch in batches if batch.pixels is not None)
                 standardise_features(self.model, self.features(batch, None)[batch.image_rows < len(batch.ids)])
         if "t2i" in self.stage.tasks:
@@ -132,14 +134,16 @@ class OmniMambaObjective(Objective):
         """The batch of each task; for a GPU in page-locked memory, from which it is copied without waiting."""
         batches: dict[Task, Any] = {}
         if self.mmu is not None:
-            batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step), self.processes)
+            batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step), self.rng(step, "images"), self.processes)
         if self.t2i is not None:
-            rng = step_rng(self.recipe.train.seed, step, "captions")
             dropout = self.recipe.train.caption_dropout
-            batches[Task.T2I] = self.t2i.batch(self.t2i_sampler.indices(step), rng, dropout, self.processes)
+            batches[Task.T2I] = self.t2i.batch(self.t2i_sampler.indices(step), self.rng(step, "captions"), dropout, self.processes)
         if self.device.type == "cuda":
             return mapped(batches, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
         return batches
+
+    def rng(self, step: int, stream: str) -> np.random.Generator:
+        return step_rng(self.recipe.train.seed, step, stream)
 
     def split(self, batch: Any) -> list[Any]:
         if (num := self.recipe.train.accumulate) == 1:
@@ -200,6 +204,8 @@ class OmniMambaObjective(Objective):
         """Tower features [i, k, vision_dim] of the batch's images."""
         if batch.pixels is None:
             return torch.zeros(0, self.config.num_vision_tokens, self.config.vision_dim, device=self.device)
+        if batch.pixels.dtype != torch.uint8:
+            return self.here(batch.pixels).float()
         images = unit_range(self.here(batch.pixels))
         if generator is not None:
             images = augment(images, self.recipe.augment, generator)
@@ -227,7 +233,7 @@ class OmniMambaObjective(Objective):
     def validate_mmu(self, data: UnderstandingData) -> dict[str, float]:
         losses, is_exact = [], defaultdict[str, list[bool]](list)
         for idx in _validation_batches(len(data.samples), self.recipe.train.mmu_batch):
-            batch = data.batch(idx)
+            batch = data.batch(idx, self.rng(0, "validation"))
             ids, places, labels, shares, features, image_rows = self.mmu_inputs(batch, None)
             is_label = shares > 0
             logits, labels = self.model.mmu_logits(ids, places, features, image_rows)[is_label], labels[is_label]
@@ -258,10 +264,13 @@ class OmniMambaObjective(Objective):
             self.model = shards
 
     def bundle(self) -> weights.Bundle:
+        """The model with its encoders. A decoder may move the weights it is given, and recorded steps read theirs where they lay: with
+        train.graphs it is a copy."""
         init = self.recipe.init
+        model = copy.deepcopy(self.model) if self.recipe.train.graphs else self.model
         judge = Path(init.vision).with_name(weights.JUDGE_FILE) if init.vision else None
         judge_file = judge if judge is not None and judge.is_file() else None
-        return weights.Bundle(self.config, self.model.eval(), self.vision, self.vq, Path(init.tokenizer), judge_file)
+        return weights.Bundle(self.config, model.eval(), self.vision, self.vq, Path(init.tokenizer), judge_file)
 
     def inference(self) -> OmniMamba:
         """The model as users get it, with the recipe's sampling settings."""

@@ -75,8 +75,8 @@ class UnderstandingStream(_Stream):
         self.column = recipe.data.conversations.removeprefix(COLUMN)
         check_text_limit(self.limit, config)
 
-    def batch(self, idx: list[int], processes: Processes = ALONE) -> MMUBatch:
-        """This process's share of the rows of a step."""
+    def batch(self, idx: list[int], rng: Any, processes: Processes = ALONE) -> MMUBatch:
+        """This process's share of the rows of a step; nothing about them is random."""
         rows = self.rows.read(idx[0], len(idx))
         samples = [self.sample(row, i) for row, i in zip(rows, idx, strict=True)]
 

@@ -22,6 +22,7 @@ from omnimamba.model.vq import VQModel
 from omnimamba.processor import prompt as layout
 from omnimamba.processor.tokenizer import TextTokenizer
 from omnimamba.train.config import Data, Recipe
+from omnimamba.train.lookalikes import Lookalikes, find_lookalikes
 from omnimamba.train.parallel import ALONE, Processes
 
 logger = logging.getLogger("omnimamba.train")
@@ -46,7 +47,7 @@ class MMUBatch(NamedTuple):
     num_labels: Tensor
     """fp32 [], what the summed loss is divided by: the labels of the whole step, of all processes, or its samples."""
     pixels: Tensor | None
-    """uint8 [i, 3, s, s] of the rows that have an image, None if none has."""
+    """Of the rows that have an image: uint8 [i, 3, s, s], or with [lookalikes] the tower's features [i, k, d]; None if none has."""
     image_rows: Tensor
     """[i], in order; b: padding."""
 
@@ -104,7 +105,8 @@ class UnderstandingData:
         self.samples: list[UnderstandingSample] = []
         num_too_long = 0
         conversations = of_kinds(read_task_conversations(data, split), data.kinds)
-        for conversation in (*conversations, *joined(conversations, data.joined, recipe.train.seed)):
+        repeated = itertools.chain.from_iterable([row] * data.repeat.get(row.kind, 1) for row in conversations)
+        for conversation in (*repeated, *joined(conversations, data.joined, recipe.train.seed)):
             sample = understanding_sample(tok, conversation, limit, is_alignment=data.alignment)
             if sample is None:
                 num_too_long += 1
@@ -125,15 +127,32 @@ class UnderstandingData:
         self.samples = [sample for sample in self.samples if sample.image is None or sample.image in self.images.position]
         if not self.samples:
             raise ValueError("data.conversations: no sample is left without the images that are missing")
+        self.lookalikes: Lookalikes | None = None
+        if recipe.lookalikes.versions and split == data.train_split:
+            assert isinstance(self.images, InMemoryImages)
+            self.lookalikes = find_lookalikes(recipe, split, self.images, device)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(len(sample.ids) for sample in self.samples)
 
-    def batch(self, idx: list[int], processes: Processes = ALONE) -> MMUBatch:
+    def batch(self, idx: list[int], rng: np.random.Generator, processes: Processes = ALONE) -> MMUBatch:
         """This process's share of the samples of a step."""
         num_labels = len(idx) if self.by_sample else count_labels(self.samples[i] for i in idx)
-        return mmu_batch(self.tok, *self.with_images(processes.share(idx)), self.limit, num_labels, by_sample=self.by_sample)
+        if self.lookalikes is None:
+            samples, images = self.with_images(processes.share(idx))
+        else:
+            samples, images = self.with_lookalikes(self.lookalikes, idx, rng, processes)
+        return mmu_batch(self.tok, samples, images, self.limit, num_labels, by_sample=self.by_sample)
+
+    def with_lookalikes(
+        self, lookalikes: Lookalikes, idx: list[int], rng: np.random.Generator, processes: Processes
+    ) -> tuple[list[UnderstandingSample], list[Tensor]]:
+        """This process's samples and features of what the tower takes for the images of those that have one."""
+        samples = [self.samples[i] for i in idx]
+        rows = [None if sample.image is None else lookalikes.draw(sample.image, sample.kind, rng) for sample in samples]
+        mine = [row for row in processes.share(rows) if row is not None]
+        return processes.share(samples), list(lookalikes.features[mine])
 
     def with_images(self, idx: list[int]) -> tuple[list[UnderstandingSample], list[Tensor]]:
         """The samples and the images of those that have one. The next sample takes the place of one whose image is broken."""
