@@ -46,8 +46,13 @@ def random_bundle(config: OmniMambaConfig, dtype: torch.dtype, device: str, toke
     from omnimamba.model.weights import Bundle
 
     model = random_model(config, dtype, device)
+    with torch.device("meta"):
+        unread = VisionTowers(config.towers).unread()
     with torch.device(device):
         encoders: list[nn.Module] = [VisionTowers(config.towers), VQModel(config.vq)]
+    for name, parameter in encoders[0].named_parameters():
+        if name in unread:  # as `weights.build` leaves it
+            parameter.data = parameter.data.cpu()
     vision, vq = (cast(encoder.eval().requires_grad_(False), dtype) for encoder in encoders)
     assert isinstance(vision, VisionTowers) and isinstance(vq, VQModel)
     return Bundle(config, model, vision, vq, tokenizer_file)

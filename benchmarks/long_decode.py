@@ -213,8 +213,10 @@ def whole_model(settings: Settings) -> Figures:
     bundle = random_bundle(config, torch.bfloat16, device)
     assert bundle.vision is not None and bundle.vq is not None
     memory.restart()
-    figures: Figures = {"weights GB": sum(p.nbytes for part in (bundle.model, bundle.vision, bundle.vq) for p in part.parameters()) / 1e9}
+    weights = [p for part in (bundle.model, bundle.vision, bundle.vq) for p in part.parameters() if p.device.type == device]
+    figures: Figures = {"weights GB": sum(p.nbytes for p in weights) / 1e9}
     engine = Engine(bundle.model, num_slots=1)
+    figures["idle GB"] = memory.now()  # with the state pool and the table of image embeddings
     size = {name: tower.image_size for name, tower in config.towers.items()}
     for _ in range(2):  # the second time, prompts are read by captured graphs
         with torch.no_grad():
@@ -295,7 +297,7 @@ def lines(name: str, figures: Figures) -> Iterable[str]:
     if "error" in figures:
         yield f"{name}: {figures['error']}"
         return
-    known = ("weights GB", "GB", "share", "MB per step")
+    known = ("weights GB", "idle GB", "GB", "share", "MB per step")
     yield ", ".join([name, *(f"{key} {figures[key]:.3f}" for key in known if figures.get(key) is not None)])
     if "request" in figures:
         request = figures["request"]

@@ -1,20 +1,27 @@
 """Times reading prompts at the shape of the 1.3B model, random weights, bf16: one pass, and long sequences in pieces.
 
     PYTHONPATH=src python3 benchmarks/prefill.py --json out.json
+    PYTHONPATH=src python3 benchmarks/prefill.py --profile --cases "image and question" "in one piece"
 
 Needs a CUDA device and torch; with Triton the kernels of the scan, the convolution and the gated norm run. Captured passes are first
 compared with passes launched from Python, in fp32 and few layers: rows of unequal lengths, a bucket that they do not fill, a second piece
 that goes on from the first. If they differ nothing is timed, and the exit code is 1. TFLOP/s counts the products with in_proj and out_proj
-only; memory is the peak of the tensors of passes launched from Python. The last line on stdout is JSON.
+only; memory is the peak of the tensors of passes launched from Python. --profile adds what each kernel of a case took on the device,
+kernels of one name apart by their grids. The last line on stdout is JSON.
 """
 
 import argparse
+import collections
 import dataclasses
+import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from _measure import Memory, milliseconds
+from _measure import Memory, milliseconds, synchronize
 from _model import random_model
 from _report import add_json_option, begin, finish, lacks
 from torch import Tensor
@@ -77,15 +84,45 @@ def wrong_results(config: OmniMambaConfig, device: str) -> Iterator[str]:
             yield f"rows of {lengths} positions: positions {runner.state.position.tolist()}"
 
 
-def timed(runner: Runner, case: Case, repeats: int, device: str) -> dict[str, float | None]:
-    model = runner.model
-    slots, rows = list(range(case.rows)), [embeddings(model, case.length) for _ in range(case.rows)]
+def reading(runner: Runner, case: Case) -> Callable[[], None]:
+    slots, rows = list(range(case.rows)), [embeddings(runner.model, case.length) for _ in range(case.rows)]
 
     def read() -> None:
         runner.reset(slots)
         for first in range(0, case.length, case.piece):
             runner.prefill(slots, [row[first : first + case.piece] for row in rows], case.task)
 
+    return read
+
+
+class Kernel(NamedTuple):
+    name: str
+    count: int
+    ms: float
+
+
+def kernels(read: Callable[[], None], device: str) -> list[Kernel]:
+    """What ran on the device, the longest first; on a CPU, operators, those called by others counted twice."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    categories = ("kernel", "gpu_memcpy", "gpu_memset") if device == "cuda" else ("cpu_op",)
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        read()
+        synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    times = collections.defaultdict(list)
+    for event in events:
+        if event.get("cat") in categories:
+            grid = event["args"].get("grid")
+            times[event["name"][:80] + (f" {grid}" if grid else "")].append(event["dur"] / 1e3)
+    return sorted((Kernel(name, len(ms), sum(ms)) for name, ms in times.items()), key=lambda kernel: -kernel.ms)
+
+
+def timed(runner: Runner, case: Case, repeats: int, device: str) -> dict[str, Any]:
+    model, read = runner.model, reading(runner, case)
     graphs = runner.prefill_graphs
     ms = milliseconds(read, repeats, device)
     runner.prefill_graphs = None
@@ -104,6 +141,8 @@ def main() -> int:
     add_json_option(parser)
     parser.add_argument("--preset", choices=list(PRESETS), default="1.3b")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="only these")
+    parser.add_argument("--profile", action="store_true", help="also what each kernel took")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, as a test of this script")
     arguments = parser.parse_args()
     device = "cpu" if arguments.cpu else "cuda"
@@ -119,6 +158,8 @@ def main() -> int:
     print("passes in buckets equal plain passes", flush=True)
     runner = Runner(random_model(config, torch.bfloat16, device), 8)
     for case in CASES:
+        if arguments.cases and case.name not in arguments.cases:
+            continue
         figures = report["cases"][case.name] = timed(runner, case, arguments.repeats, device)
         print(
             f"{case.name:24} {case.rows} x {case.length:6} positions {figures['ms']:8.2f} ms "
@@ -126,6 +167,11 @@ def main() -> int:
             + (f" {figures['peak GB']:6.2f} GB" if figures["peak GB"] is not None else ""),
             flush=True,
         )
+        if arguments.profile:
+            found = kernels(reading(runner, case), device)
+            figures["kernels"] = [kernel._asdict() for kernel in found]
+            print(f"  all kernels {sum(kernel.count for kernel in found):6} x {sum(kernel.ms for kernel in found):9.3f} ms")
+            print(*(f"  {kernel.ms:9.3f} ms {kernel.count:6} x {kernel.name}" for kernel in found), sep="\n", flush=True)
     finish(report, arguments.json)
     return 0
 

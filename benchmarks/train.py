@@ -30,7 +30,6 @@ from _report import add_json_option, begin, finish
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,8 +180,7 @@ def profiled(recipe: Recipe, device: str, steps: int) -> dict[str, list[dict[str
             step()
         if is_gpu:
             torch.cuda.synchronize()
-    on_device = DeviceType.CUDA if is_gpu else DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == on_device]
+    events = [event for event in profiler.key_averages() if event.device_type.name == device.upper()]
     times = {event.key: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / steps / 1e3 for event in events}
     return {
         "kernels": [{"ms": times[e.key], "calls": e.count / steps, "name": e.key} for e in sorted(events, key=lambda e: -times[e.key])],

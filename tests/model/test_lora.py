@@ -56,6 +56,39 @@ def test_only_the_active_pair_gets_a_gradient(linear):
     assert linear.lora_A[Task.MMU].grad is None and linear.lora_B[Task.MMU].grad is None
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
+def test_training_computes_what_inference_does(linear, shape, is_frozen):
+    linear.dropout = 0.0
+    linear.weight.requires_grad_(not is_frozen)
+    found = []
+    for training in (False, True):
+        linear.train(training)
+        linear.zero_grad()
+        u = randn(*shape).requires_grad_()
+        y = linear(u, Task.T2I)
+        (y * randn(*y.shape, seed=1)).sum().backward()
+        found.append([y, u.grad, linear.lora_A[Task.T2I].grad, linear.lora_B[Task.T2I].grad, linear.weight.grad])
+        assert (linear.weight.grad is None) == is_frozen and linear.lora_A[Task.MMU].grad is None
+    for inference, training in zip(*found, strict=True):
+        assert inference is training or torch.allclose(inference, training, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_training_under_autocast(linear, is_frozen):
+    linear.dropout = 0.0
+    linear.weight.requires_grad_(not is_frozen)
+    u = randn(2, 5, 12)
+    expected = linear(u, Task.MMU)
+    linear.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(u, Task.MMU)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
+    y.sum().backward()
+    assert linear.lora_B[Task.MMU].grad.dtype == torch.float32
+
+
 def test_dropout_is_on_in_training_only_and_on_the_pair_only(linear):
     u = randn(64, 12)
     assert torch.equal(linear(u, Task.MMU), linear(u, Task.MMU))

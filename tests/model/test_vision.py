@@ -64,6 +64,26 @@ def test_convnet_features_are_the_stages_map_row_by_row():
             assert torch.equal(features[:, i * expected.shape[3] + j], expected[:, :, i, j])
 
 
+@pytest.mark.parametrize("config", [VIT, REGISTERS, CONVNEXT], ids=["vit", "registers", "convnet"])
+@torch.no_grad()
+def test_what_no_feature_depends_on(config):
+    with torch.device("meta"):
+        unread = VisionTowers({"t": config}).unread()
+    towers = VisionTowers({"t": config})
+    x = {"t": pixels(config)}
+    expected = towers(x)
+    assert 0 < len(unread) < len(list(towers.parameters()))
+    parameters = dict(towers.named_parameters())
+    for name in unread:
+        parameters[name].fill_(torch.nan)
+    assert torch.equal(towers(x), expected)
+    for name in parameters.keys() - unread:
+        before = parameters[name].clone()
+        parameters[name].fill_(torch.nan)
+        assert not torch.equal(towers(x), expected), name
+        parameters[name].copy_(before)
+
+
 @torch.no_grad()
 def test_nano_preset():
     config = preset("nano")

@@ -90,6 +90,13 @@ def test_weights_are_loaded_in_the_asked_type(bundle, folder):
         assert loaded[name].dtype is (torch.float32 if keeps else torch.bfloat16), name
 
 
+def test_what_no_feature_depends_on_stays_on_the_cpu(folder):
+    vision = weights.load(folder, device="meta").vision
+    assert vision is not None
+    on_cpu = {name for name, parameter in vision.named_parameters() if parameter.device.type == "cpu"}
+    assert on_cpu == weights.outline("vision", weights.load(folder).config).unread() and on_cpu
+
+
 def test_weights_are_stored_in_the_asked_type(bundle, tmp_path):
     weights.save(bundle, tmp_path / "half", dtype=torch.float16)
     stored = load_file(tmp_path / "half" / "model.safetensors")

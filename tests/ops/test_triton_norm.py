@@ -1,11 +1,11 @@
-"""The gated norm's kernel against its definition."""
+"""The kernels of the norms against their definitions."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from omnimamba.ops.norm import plain_gated_rms_norm
+from omnimamba.ops.norm import gated_rms_norm, plain_gated_rms_norm, plain_rms_norm, rms_norm
 from omnimamba.ops.triton import norm as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -20,6 +20,27 @@ def inputs(device, dtype, *shape):
 
 def gated(op, num_groups=1):
     return lambda y, z, weight: (op(y, z, weight, EPS, num_groups=num_groups),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 12), (3, 65, 96), (2, 5, 2048)])
+def test_rms_norm(kernel_device, compare, shape, dtype):
+    tensors = inputs(kernel_device, dtype, *shape)
+    kernel_norm, plain = (lambda x, weight, op=op: (op(x, weight, EPS),) for op in (kernel.rms_norm, plain_rms_norm))
+    compare(kernel_norm, plain, {"x": tensors["y"], "weight": tensors["weight"]})
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "gated_rms_norm"])
+def test_autocast_gives_the_type_of_products(name):
+    y, z, weight = torch.randn(3, 64), torch.randn(3, 64), torch.ones(64)
+
+    def normed():
+        return rms_norm(y, weight, EPS) if name == "rms_norm" else gated_rms_norm(y, z, weight, EPS)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = normed()
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, normed().bfloat16())
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3])

@@ -42,3 +42,17 @@ def test_its_figures(tmp_path):
     assert report == json.loads(result.stdout.splitlines()[-1])
     for figures in report["cases"]["tiny"].values():
         assert figures["tokens/s"] > figures["steps/s"] > 0 and 0 < figures["MFU"] < 1
+
+
+@pytest.mark.slow
+def test_its_profile(tmp_path):
+    out = tmp_path / "train.json"
+    command = [sys.executable, BENCHMARKS / "train.py", "--cpu", "--profile", "--cases", "tiny", "--json", out]
+    command += ["--variants", "python", "recompute"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(out.read_text())["cases"]["tiny"]
+    times = [kernel["ms"] for kernel in found["python"]["kernels"]]
+    assert times == sorted(times, reverse=True) and times[0] > 0
+    kept = {variant: sum(tensors["GB"] for tensors in figures["kept"]) for variant, figures in found.items()}
+    assert 0 < kept["recompute"] < 0.5 * kept["python"]

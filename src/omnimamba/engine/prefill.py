@@ -25,13 +25,14 @@ MAX_POSITIONS = 4096
 """Of all rows of a bucket; above, a pass takes longer to compute than to launch. So there are 40 buckets of each task at most."""
 
 
-def read(model: OmniMambaModel, x: Tensor, task: Task, state: MambaState, lengths: Tensor | None) -> Tensor:
-    """Logits [b, v] after the last position of each row; the rows go on from `state` (b slots), which is updated in place.
+def read(model: OmniMambaModel, x: Tensor, task: Task, state: MambaState, slots: Tensor, lengths: Tensor | None) -> Tensor:
+    """Logits [b, v] after the last position of each row; the rows go on from their slots of `state`, which are updated in place.
 
-    x: [b, l, d] embeddings without positions; lengths: [b] of right-padded rows, None where no row is padded.
+    x: [b, l, d] embeddings without positions, finite in the padding; slots: [b]; lengths: [b] of right-padded rows, None where no row is
+    padded.
     """
-    x = x + position_rows(model, state.position[:, None] + torch.arange(x.shape[1], device=x.device), task).to(x.dtype)
-    hidden = model(x, task, state=state, lengths=lengths)
+    x = x + position_rows(model, state.position[slots, None] + torch.arange(x.shape[1], device=x.device), task).to(x.dtype)
+    hidden = model.backbone.read(x, task, state, slots=slots, lengths=lengths)
     last = hidden[:, -1] if lengths is None else hidden[torch.arange(x.shape[0], device=x.device), lengths - 1]
     return model.logits(last, task)
 
@@ -82,11 +83,11 @@ class PrefillGraphs:
         bucket.slots.copy_(torch.tensor([slots[row] for row in rows]))
         bucket.num_passes += 1
         if not self.use_graphs or bucket.num_passes == 1:
-            return self._pass(bucket, task)[:num_rows]
+            return read(self.model, bucket.x, task, self.state, bucket.slots, bucket.lengths)[:num_rows]
         if bucket.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                bucket.logits = self._pass(bucket, task)
+                bucket.logits = read(self.model, bucket.x, task, self.state, bucket.slots, bucket.lengths)
             bucket.graph = graph
         bucket.graph.replay()
         assert bucket.logits is not None
@@ -99,15 +100,6 @@ class PrefillGraphs:
             lengths, slots = (torch.zeros(b, dtype=torch.int64, device=device) for _ in range(2))
             self._buckets[b, l, task] = _Bucket(x, lengths, slots)
         return self._buckets[b, l, task]
-
-    def _pass(self, bucket: _Bucket, task: Task) -> Tensor:
-        pool, slots = self.state, bucket.slots
-        state = MambaState(pool.conv[:, slots], pool.ssm[:, slots], pool.position[slots])
-        logits = read(self.model, bucket.x, task, state, bucket.lengths)
-        pool.conv[:, slots] = state.conv
-        pool.ssm[:, slots] = state.ssm
-        pool.position[slots] = state.position
-        return logits
 
 
 def rounded_up(size: int, sizes: Sequence[int]) -> int:

@@ -35,6 +35,8 @@ class TaskLoraLinear(nn.Module):
 
     def forward(self, u: Tensor, task: Tasks) -> Tensor:
         """u: [b, d] or [b, l, d]. Returns the same shape with out_features last."""
+        if self.training and isinstance(task, Task) and self.lora_A:
+            return self.learn(u, task)
         y = linear(u, self.weight)
         if task is None or not self.lora_A:
             return y
@@ -43,7 +45,33 @@ class TaskLoraLinear(nn.Module):
         is_t2i = task.view(-1, *[1] * (u.dim() - 1))
         return y + torch.where(is_t2i, self.lora(u, Task.T2I), self.lora(u, Task.MMU))
 
+    @torch.no_grad()
+    def read(self, u: Tensor, task: Tasks) -> Tensor:
+        """`forward` without gradients. The large product is added to what LoRA gives, not the other way round: the output [b, l, n] then
+        passes through memory three times fewer."""
+        if not isinstance(task, Task) or not self.lora_A:
+            return self(u, task)
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize(u.dtype)
+        return add_product(self.lora(u, task), u, weight)
+
+    def learn(self, u: Tensor, task: Task) -> Tensor:
+        """`forward` of one task in training. The pair is `rank` more columns of the large product, forwards and backwards: neither what
+        it adds, [b, l, n], nor the gradient of that passes through memory by itself. Where the weight is frozen that product would have
+        a gradient that nobody needs: there the large product is added to what the pair gives."""
+        assert isinstance(self.weight, Tensor)
+        low = F.linear(F.dropout(u, self.dropout), self.lora_A[task])
+        dtype = low.dtype  # of products, autocast's if it is on
+        u, weight, B = u.to(dtype), self.weight.to(dtype), (self.lora_B[task] * self.scaling).to(dtype)
+        if self.weight.requires_grad:
+            return F.linear(torch.cat([u, low], -1), torch.cat([weight, B], 1))
+        return add_product(F.linear(low, B), u, weight)
+
     def lora(self, u: Tensor, task: Task) -> Tensor:
         """What the pair of `task` adds to the output."""
         u = F.dropout(u, self.dropout, self.training)
-        return F.linear(F.linear(u, self.lora_A[task]), self.lora_B[task]) * self.scaling
+        return F.linear(F.linear(u, self.lora_A[task]) * self.scaling, self.lora_B[task])
+
+
+def add_product(y: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    """y + u @ weight.T in y's type and memory. y: [..., n]; u: [..., k]; weight: [n, k]."""
+    return y.flatten(0, -2).addmm_(u.flatten(0, -2).to(y.dtype), weight.to(y.dtype).T).unflatten(0, y.shape[:-1])

@@ -15,6 +15,7 @@ from omnimamba.model.lora import TaskLoraLinear, Tasks
 from omnimamba.model.state import MambaState
 from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd_chunk_scan, ssd_step
 from omnimamba.ops.norm import length_mask, softplus_dt
+from omnimamba.ops.prefill import add_rms_norm, scan_inputs
 
 # Step sizes and decay rates (-A) at initialisation, both log-uniform: a head remembers 2 to 500 positions and takes a new one in
 # at a third of its size. mamba_ssm's own ranges (1e-3 to 0.1, 1 to 16) weigh a position 10 positions back with 1 % of the present
@@ -86,6 +87,18 @@ class Mamba2Mixer(nn.Module):
         y, ssm_state = ssd_chunk_scan(x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state)
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
+    def read(self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """`forward` without gradients; both states are updated in place."""
+        config = self.config
+        z, xBC, dt = self.in_proj.read(u, task).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
+        xBC, dt = scan_inputs(
+            xBC, dt, weight=self.conv1d.weight[:, 0], bias=self.bias, dt_bias=self.dt_bias, conv_state=conv_state, lengths=lengths
+        )
+        x, B, C = self.split_xBC(xBC)
+        y, final = ssd_chunk_scan(x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state)
+        ssm_state.copy_(final)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
     def step(self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """Output [b, d] for one position u: [b, d]; both states are updated in place."""
         config = self.config
@@ -144,27 +157,43 @@ class Mamba2Backbone(nn.Module):
     def forward(
         self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None, recompute: bool = False
     ) -> Tensor:
-        """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it and it is updated in place.
+        """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it, and `read` updates it in place.
 
         x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows. What stands in the padding,
         even NaN, reaches no valid position and no state. recompute: a backward pass keeps the residual stream only and runs each
         block a second time (activation checkpointing).
         """
-        residual = x.float()
         if lengths is not None:
-            residual = residual.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0)
-        for i, block in enumerate(self.layers):
-            if state is not None:
-                residual, conv, ssm = block(residual, task, lengths, state.conv[i], state.ssm[i])
-                state.conv[i] = conv.to(state.conv.dtype)
-                state.ssm[i] = ssm.to(state.ssm.dtype)
-            elif recompute and torch.is_grad_enabled():
+            x = x.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0)
+        if state is not None:
+            return self.read(x, task, state, lengths=lengths)
+        residual = x.float()
+        for block in self.layers:
+            if recompute and torch.is_grad_enabled():
                 residual, _, _ = checkpoint(block, residual, task, lengths, use_reentrant=False)
             else:
                 residual, _, _ = block(residual, task, lengths)
-        if state is not None:
-            state.position += x.shape[1] if lengths is None else lengths
         return self.norm_f(residual)
+
+    @torch.no_grad()
+    def read(self, x: Tensor, task: Tasks, state: MambaState, *, slots: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """`forward` from a state, without gradients. x: [b, l, d], finite in the padding; slots: [b] those of the rows (None: all)."""
+        residual, hidden = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format), None
+        for i, block in enumerate(self.layers):
+            assert isinstance(block, Mamba2Block)
+            u = add_rms_norm(residual, hidden, block.norm.weight, block.norm.eps)
+            pools = state.conv[i], state.ssm[i]
+            conv, ssm = pools if slots is None else (pool.index_select(0, slots) for pool in pools)  # a copy of one layer's, not of all
+            hidden = block.mixer.read(u, task, conv, ssm, lengths)
+            if slots is not None:
+                for pool, part in zip(pools, (conv, ssm), strict=True):
+                    pool.index_copy_(0, slots, part)
+        num_read = x.shape[1] if lengths is None else lengths
+        if slots is None:
+            state.position += num_read
+        else:
+            state.position.index_copy_(0, slots, state.position.index_select(0, slots) + num_read)  # slots may repeat
+        return add_rms_norm(residual, hidden, self.norm_f.weight, self.norm_f.eps)
 
     def step(self, x: Tensor, task: Tasks, state: MambaState) -> Tensor:
         """Final hidden states [b, d] for one position x: [b, d]; `state` (b slots) is updated in place."""

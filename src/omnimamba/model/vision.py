@@ -52,6 +52,17 @@ class VisionTowers(nn.Module):
             maps += intermediates(tower, pixels[name], list(range(self.configs[name].layer % depth + 1)))
         return maps
 
+    def unread(self) -> set[str]:
+        """Names of the parameters that no feature depends on, those of the layers after the one whose output is taken.
+
+        For towers on the meta device: they have no gradient there, and nothing is computed.
+        """
+        sizes = {name: tower.image_size for name, tower in self.configs.items()}
+        with torch.enable_grad():
+            features = self({name: torch.empty(1, 3, size, size, device="meta") for name, size in sizes.items()})
+            gradients = torch.autograd.grad(features.sum(), list(self.parameters()), allow_unused=True)
+        return {name for (name, _), gradient in zip(self.named_parameters(), gradients, strict=True) if gradient is None}
+
     def _check(self, pixels: Mapping[str, Tensor]) -> None:
         if not self.towers:
             raise ValueError("there are no vision towers in this config, so no image can be read; use a config with `towers`")

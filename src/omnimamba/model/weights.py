@@ -269,13 +269,17 @@ def quantized(stored: Stored, scheme: str | None) -> Stored:
 
 
 def build(stored: Stored, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
-    """The modules of a stored model. ValueError lists missing, unexpected and wrongly shaped tensors."""
+    """The modules of a stored model. What no feature of a vision tower depends on stays on the CPU, to be saved again.
+
+    ValueError lists missing, unexpected and wrongly shaped tensors.
+    """
     modules: dict[str, nn.Module] = {}
     for component, tensors in stored.components.items():
         module = cast(outline(component, stored.config), dtype).eval()
         expected = module.state_dict()
         check_names_and_shapes(expected, tensors, f"{stored.name}: {component}")
-        values = {name: converted(name, tensors[name], like.dtype, device) for name, like in expected.items()}
+        unread = module.unread() if isinstance(module, VisionTowers) else ()
+        values = {name: converted(name, tensors[name], like.dtype, "cpu" if name in unread else device) for name, like in expected.items()}
         module.load_state_dict(values, assign=True)
         if stray := [name for name, tensor in module.named_buffers() if tensor.is_meta]:
             raise ValueError(f"{stored.name}: {component} computes tensors that are not saved ({_some(stray)}); choose another tower")

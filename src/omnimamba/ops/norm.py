@@ -7,12 +7,27 @@ from torch import Tensor
 from omnimamba.ops.plain_path import runs_kernel
 
 
+def output_dtype(weight: Tensor) -> torch.dtype:
+    """That of a norm: `weight`'s; under autocast that of the products which read it."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis, computed in fp32, returned in `weight`'s dtype.
+    """x / rms(x) * weight over the last axis, computed in fp32, returned in `output_dtype(weight)`.
 
     x: [..., d]; weight: [d].
     """
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
+    if runs_kernel(x):
+        from omnimamba.ops.triton import norm as kernel  # Triton need not be installed
+
+        return kernel.rms_norm(x, weight, eps)
+    return plain_rms_norm(x, weight, eps)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition of `rms_norm`."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(output_dtype(weight))
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_groups: int = 1) -> Tensor:
@@ -21,7 +36,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_grou
     y, z: [..., d]; weight: [d].
     """
     if runs_kernel(y):
-        from omnimamba.ops.triton import norm as kernel  # Triton need not be installed
+        from omnimamba.ops.triton import norm as kernel
 
         return kernel.gated_rms_norm(y, z, weight, eps, num_groups=num_groups)
     return plain_gated_rms_norm(y, z, weight, eps, num_groups=num_groups)
@@ -30,7 +45,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_grou
 def plain_gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_groups: int = 1) -> Tensor:
     """The definition of `gated_rms_norm`."""
     gated = (y.float() * F.silu(z.float())).unflatten(-1, (num_groups, -1))
-    return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(weight.dtype)
+    return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(output_dtype(weight))
 
 
 def softplus_dt(dt: Tensor, dt_bias: Tensor) -> Tensor:

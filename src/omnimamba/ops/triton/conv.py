@@ -2,11 +2,11 @@
 
 One program computes a tile of positions x channels. It reads the tile once per tap, the overlaps coming from the cache. The backward pass
 has two kernels: one computes the convolution again instead of storing it and passes dy through the SiLU, the other is the convolution
-the other way round. The weight's gradient is one partial sum per tile of positions, so that the result does not depend on the order of
-programs. Sums are fp32.
+the other way round. The weight's gradient is one partial sum per program, which walks over some tiles of a row, so that the result does
+not depend on the order of programs. Sums are fp32, and by the launch table each thread has channels of its own: none crosses threads.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnimamba.ops.triton.launch import launch
+from omnimamba.ops.triton.launch import CONV_TILES, launch
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def load_inputs(p_tile, p_past, first, o_r, o_c, l, stride_l, past_c, past_w, C:
 
 
 @triton.jit
-def load_tap(weight, tap, o_c, C: tl.constexpr, DTYPE: tl.constexpr):
-    """weight: [w, c]. Rounded to x's dtype as in the definition."""
-    return tl.load(weight + tap * C + o_c, mask=o_c < C, other=0.0).to(DTYPE).to(tl.float32)[None, :]
+def load_tap(weight, tap, o_c, C: tl.constexpr):
+    """weight: [w, c] in x's dtype, as in the definition."""
+    return tl.load(weight + tap * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["l"])
@@ -50,10 +50,10 @@ def forward_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     p_tile = x + i_b * stride_b + first.to(tl.int64) * stride_l
     p_past = past + i_b * past_b
-    total = tl.zeros((ROWS, COLUMNS), tl.float32) + tl.load(bias + o_c, mask=o_c < C, other=0.0).to(dtype).to(tl.float32)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32) + load_tap(bias, 0, o_c, C)
     for tap in tl.static_range(W):
         inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-        total += inputs * load_tap(weight, tap, o_c, C, dtype)
+        total += inputs * load_tap(weight, tap, o_c, C)
     b_y = total * tl.sigmoid(total)
     p_y = y + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :]
     tl.store(p_y, b_y.to(dtype), mask=(first + o_r < l)[:, None] & (o_c < C)[None, :])
@@ -62,33 +62,40 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["l"])
 def activation_backward_kernel(
     x, weight, bias, past, dy, dtotal, partial, stride_b, stride_l, past_b, past_c, past_w, dy_b, dy_l, l,
-    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dtotal: [b, l, c], the gradient before the SiLU; partial: [b * tiles, w + 1, c], the tile's sums for each tap and, last, the bias."""
-    num_t = tl.cdiv(l, ROWS)
+    """dtotal: [b, l, c], the gradient before the SiLU; partial: [programs, SUMS, c], the sums of w taps and the bias.
+
+    TILES: of a program, one after the other.
+    """
+    num_programs = tl.cdiv(l, ROWS * TILES)
     i_bt = tl.program_id(0).to(tl.int64)
-    i_b = i_bt // num_t
-    first = (tl.program_id(0) % num_t) * ROWS
+    i_b = i_bt // num_programs
     o_r = tl.arange(0, ROWS)
     o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_sum = tl.arange(0, SUMS)
     m_c = o_c < C
-    mask = (first + o_r < l)[:, None] & m_c[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
-    p_tile = x + i_b * stride_b + first.to(tl.int64) * stride_l
     p_past = past + i_b * past_b
-    total = tl.zeros((ROWS, COLUMNS), tl.float32) + tl.load(bias + o_c, mask=m_c, other=0.0).to(dtype).to(tl.float32)[None, :]
-    for tap in tl.static_range(W):
-        inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-        total += inputs * load_tap(weight, tap, o_c, C, dtype)
-    p_dy = dy + i_b * dy_b + first.to(tl.int64) * dy_l
-    gate = tl.sigmoid(total)
-    b_dtotal = tl.load(p_dy + o_r[:, None] * dy_l + o_c[None, :], mask=mask, other=0.0).to(tl.float32) * gate * (1 + total * (1 - gate))
-    p_partial = partial + i_bt * (W + 1) * C + o_c
-    for tap in tl.static_range(W):
-        inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-        tl.store(p_partial + tap * C, tl.sum(b_dtotal * inputs, 0), mask=m_c)
-    tl.store(p_partial + W * C, tl.sum(b_dtotal, 0), mask=m_c)
-    tl.store(dtotal + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :], b_dtotal.to(dtype), mask=mask)
+    sums = tl.zeros((SUMS, COLUMNS), tl.float32)
+    start = (tl.program_id(0) % num_programs) * (ROWS * TILES)
+    for first in range(start, tl.minimum(start + ROWS * TILES, l), ROWS):
+        mask = (first + o_r < l)[:, None] & m_c[None, :]
+        p_tile = x + i_b * stride_b + tl.cast(first, tl.int64) * stride_l
+        total = tl.zeros((ROWS, COLUMNS), tl.float32) + load_tap(bias, 0, o_c, C)
+        for tap in tl.static_range(W):
+            inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
+            total += inputs * load_tap(weight, tap, o_c, C)
+        p_dy = dy + i_b * dy_b + tl.cast(first, tl.int64) * dy_l + o_r[:, None] * dy_l + o_c[None, :]
+        gate = tl.sigmoid(total)
+        b_dtotal = tl.load(p_dy, mask=mask, other=0.0).to(tl.float32) * gate * (1 + total * (1 - gate))
+        for tap in tl.static_range(W):
+            inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
+            sums += tl.where(o_sum[:, None] == tap, tl.sum(b_dtotal * inputs, 0)[None, :], 0.0)
+        sums += tl.where(o_sum[:, None] == W, tl.sum(b_dtotal, 0)[None, :], 0.0)
+        tl.store(dtotal + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :], b_dtotal.to(dtype), mask=mask)
+    tl.store(partial + i_bt * SUMS * C + o_sum[:, None] * C + o_c[None, :], sums, mask=(o_sum <= W)[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=["l"])
@@ -106,7 +113,7 @@ def backward_kernel(
     for tap in tl.static_range(W):  # input t has a part in the outputs t to t + w - 1
         o_out = o_t + (W - 1 - tap)
         b_dtotal = tl.load(p_dtotal + o_out[:, None] * C, mask=(o_out < l)[:, None] & (o_c < C)[None, :], other=0.0).to(tl.float32)
-        b_dx += b_dtotal * load_tap(weight, tap, o_c, C, dtype)
+        b_dx += b_dtotal * load_tap(weight, tap, o_c, C)
     tl.store(dx + i_b * l * C + o_t[:, None] * C + o_c[None, :], b_dx.to(dtype), mask=(o_t < l)[:, None] & (o_c < C)[None, :])
 
 
@@ -116,16 +123,17 @@ class CausalConv1d(torch.autograd.Function):
         b, l, c = x.shape
         w = weight.shape[1]
         x = x if x.stride(2) == 1 else x.contiguous()
-        taps = weight.T.contiguous()
+        taps, rounded_bias = weight.to(x.dtype).T.contiguous(), bias.to(x.dtype)
         y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
         state, *state_strides = past_arguments(x, past)
         choice = launch("conv_forward", c)
         forward_kernel[b * triton.cdiv(l, choice.rows), triton.cdiv(c, choice.columns)](
-            x, taps, bias, state, y, *x.stride()[:2], *state_strides, l,
+            x, taps, rounded_bias, state, y, *x.stride()[:2], *state_strides, l,
             C=c, W=w, HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns,
             num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
-        ctx.save_for_backward(x, taps, bias, past)
+        ctx.save_for_backward(x, taps, rounded_bias, past)
+        ctx.dtypes = weight.dtype, bias.dtype
         return y
 
     @staticmethod
@@ -137,18 +145,21 @@ class CausalConv1d(torch.autograd.Function):
         dy = dy if dy.stride(2) == 1 else dy.contiguous()
         state, *state_strides = past_arguments(x, past)
         choice = launch("conv_backward", c)
-        tiles = b * triton.cdiv(l, choice.rows)
+        columns = triton.cdiv(c, choice.columns)
+        common = {"C": c, "W": w, "ROWS": choice.rows, "COLUMNS": choice.columns}
+        common |= {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
         dtotal, dx = torch.empty((2, b, l, c), dtype=x.dtype, device=x.device)
-        partial = torch.empty((tiles, w + 1, c), dtype=torch.float32, device=x.device)
-        grid, tile = (tiles, triton.cdiv(c, choice.columns)), {"ROWS": choice.rows, "COLUMNS": choice.columns}
-        activation_backward_kernel[grid](
+        programs = b * triton.cdiv(l, choice.rows * CONV_TILES)
+        partial = torch.empty((programs, triton.next_power_of_2(w + 1), c), dtype=torch.float32, device=x.device)
+        activation_backward_kernel[programs, columns](
             x, taps, bias, state, dy, dtotal, partial, *x.stride()[:2], *state_strides, *dy.stride()[:2], l,
-            C=c, W=w, HAS_PAST=past is not None, num_warps=choice.num_warps, num_stages=choice.num_stages, **tile,
+            HAS_PAST=past is not None, TILES=CONV_TILES, SUMS=partial.shape[1], **common,
         )  # fmt: skip
-        backward_kernel[grid](dtotal, taps, dx, l, C=c, W=w, num_warps=choice.num_warps, num_stages=choice.num_stages, **tile)
-        sums = partial.sum(0)
+        backward_kernel[b * triton.cdiv(l, choice.rows), columns](dtotal, taps, dx, l, **common)
+        sums = partial[:, : w + 1].sum(0)
         dpast = past_gradient(x, taps, bias, past, dy) if ctx.needs_input_grad[3] else None
-        return dx, sums[:w].T.to(taps.dtype).contiguous(), sums[w].to(bias.dtype), dpast
+        weight_dtype, bias_dtype = ctx.dtypes
+        return dx, sums[:w].T.to(weight_dtype).contiguous(), sums[w].to(bias_dtype), dpast
 
 
 def past_arguments(x: Tensor, past: Tensor | None) -> tuple[Tensor, int, int, int]:
@@ -160,7 +171,7 @@ def past_gradient(x: Tensor, taps: Tensor, bias: Tensor, past: Tensor, dy: Tenso
     """The gradient of the conv state. It reaches w - 1 outputs at most, so plain PyTorch computes it."""
     w = taps.shape[0]
     few = min(w - 1, x.shape[1])
-    taps, bias = (m.to(x.dtype).float() for m in (taps, bias))
+    taps, bias = taps.float(), bias.float()
     inputs = torch.cat([past.to(x.dtype).transpose(1, 2), x[:, :few]], 1).float()  # input t sits at row w + t
     total = bias + sum(inputs[:, tap + 1 : tap + 1 + few] * taps[tap] for tap in range(w))
     gate = total.sigmoid()

@@ -387,7 +387,7 @@ def project(
     x: [b, k]; out: [b, n or n + 2 * r] fp32.
     """
     num_out, k = weight.values.shape
-    choice = launch("decode_project_8bit" if weight.values.itemsize == 1 else "decode_project", k)
+    choice = launch("decode_project_8bit" if weight.values.itemsize == 1 else "decode_project", k, weight.values.device)
     num_lora = 0 if lora is None else lora.A.shape[0]
     programs = triton.cdiv(num_out, choice.rows) + triton.cdiv(num_lora, choice.rows)
     pointers, shift_sizes = shift_arguments(shift, out)

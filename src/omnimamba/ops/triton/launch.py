@@ -1,9 +1,11 @@
 """Every launch choice of the kernels, in one table; nothing is tuned at run time.
 
-Those of the decode kernels are the fastest that `benchmarks/decode.py --sweep` found on an H100; the others follow from register and
-shared-memory use as the compiler reports them for compute capability 9.0.
+Those of the decode kernels are the fastest that `benchmarks/decode.py --sweep` found on an H100, or on the card that `CARD_LAUNCHES` names,
+those of the scan's backward pass the fastest on an H200; the others follow from register and shared-memory use as the compiler reports
+them for compute capability 9.0.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,9 +24,9 @@ class Launch(NamedTuple):
 
 # Kernel: (largest width, choice), the first row that is wide enough counts. The width is what the caller of `launch` passes.
 LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
-    # width: channels
-    "conv_forward": ((torch.inf, Launch(32, 128, num_warps=8, num_stages=1)),),
-    "conv_backward": ((torch.inf, Launch(32, 128, num_warps=8, num_stages=1)),),
+    # width: channels; 16 bytes of a row for each thread
+    "conv_forward": ((torch.inf, Launch(4, 256, num_warps=1, num_stages=1)),),
+    "conv_backward": ((torch.inf, Launch(4, 256, num_warps=1, num_stages=1)),),
     # width: channels of one group; the rows are those of a tile of about 4096 numbers
     "norm_forward": (
         (256, Launch(16, 0, num_warps=4, num_stages=1)),
@@ -37,18 +39,20 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
         (256, Launch(8, 0, num_warps=4, num_stages=1)),
         (512, Launch(4, 0, num_warps=4, num_stages=1)),
         (1024, Launch(2, 0, num_warps=4, num_stages=1)),
-        (torch.inf, Launch(1, 0, num_warps=8, num_stages=1)),
+        (2048, Launch(1, 0, num_warps=8, num_stages=1)),
+        (torch.inf, Launch(1, 0, num_warps=16, num_stages=1)),
     ),
     # width: d_state; the rows are the positions of a chunk. The bound is registers: all tiles of a chunk are alive at once.
     "ssd_forward": (
         (64, Launch(64, 0, num_warps=4, num_stages=2)),
         (torch.inf, Launch(32, 0, num_warps=4, num_stages=2)),
     ),
-    "ssd_states": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=2)),),  # its rows are those of the backward kernel
-    "ssd_backward": (
-        (64, Launch(32, 0, num_warps=4, num_stages=1)),
-        (torch.inf, Launch(32, 0, num_warps=8, num_stages=1)),
-    ),
+    "ssd_states": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=3)),),  # its rows are those of the backward kernel
+    "ssd_backward": ((torch.inf, Launch(32, 0, num_warps=4, num_stages=1)),),
+    # width: channels; the rows are positions of step sizes, the columns channels of conv states
+    "prefill_ends": ((torch.inf, Launch(32, 256, num_warps=4, num_stages=1)),),
+    # width: channels of the residual stream
+    "prefill_norm": ((1024, Launch(1, 0, num_warps=4, num_stages=1)), (torch.inf, Launch(1, 0, num_warps=8, num_stages=1))),
     # width: input channels; the rows are outputs of one program, the tile holds them whole
     "decode_project": (
         (1024, Launch(16, 0, num_warps=4, num_stages=1)),
@@ -75,6 +79,16 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     "ssd_backward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
 }
 
+# The kernels for which other choices than those above are faster on a card, by the name that CUDA gives it.
+CARD_LAUNCHES: dict[str, dict[str, tuple[tuple[float, Launch], ...]]] = {
+    "NVIDIA H200": {
+        "decode_project_8bit": (
+            (2048, Launch(16, 0, num_warps=4, num_stages=1)),
+            (torch.inf, Launch(8, 0, num_warps=8, num_stages=1)),
+        ),
+    },
+}
+
 # Enough programs to fill a GPU of 132 multiprocessors: work is split further (heads over programs, headdim over programs) below these.
 FULL_GRID = 264
 # The scan's forward pass over few rows of many positions, cut into spans that are walked at once: so many programs in all, so many
@@ -82,12 +96,21 @@ FULL_GRID = 264
 SPAN_GRID = 2 * FULL_GRID
 SPAN_POSITIONS = 128
 MIN_SPANS = 4
+# Tiles of a program of the convolution's backward; each holds one partial sum of the weight's gradient.
+CONV_TILES = 16
 # Programs of the norm's backward; each holds one partial sum of the weight's gradient.
 NORM_PROGRAMS = 528
 
 
-def launch(kernel: str, width: int) -> Launch:
-    return next(choice for largest, choice in LAUNCHES[kernel] if width <= largest)
+@functools.cache
+def card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def launch(kernel: str, width: int, device: torch.device | None = None) -> Launch:
+    """The choice for a kernel at this width; without a device, or on one that has no table of its own, that of `LAUNCHES`."""
+    table = LAUNCHES if device is None else LAUNCHES | CARD_LAUNCHES.get(card(device), {})
+    return next(choice for largest, choice in table[kernel] if width <= largest)
 
 
 def tile(size: int) -> int:

@@ -1,12 +1,14 @@
-"""Gated RMSNorm, forward and backward, each in one pass over its rows; the definition is in `omnimamba.ops.norm`.
+"""RMSNorm, gated or not, forward and backward, each in one pass over its rows; the definitions are in `omnimamba.ops.norm`.
 
-With u = y * silu(z), r = 1 / rms(u) and do the gradient of the output:
+With u = y * silu(z), or y where there is no gate, r = 1 / rms(u) and do the gradient of the output:
 du = r * (w * do - u * r^2 * mean(w * do * u)). The backward pass computes r again. Its number of programs is fixed: each walks over its
 rows with one partial sum of the weight's gradient, so that the result does not depend on the order of programs.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
+
+from typing import Any
 
 import torch
 import triton
@@ -14,21 +16,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnimamba.ops.triton.launch import NORM_PROGRAMS, launch
+from omnimamba.ops.norm import output_dtype
+from omnimamba.ops.triton.launch import NORM_PROGRAMS, Launch, launch
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
-    y, z, weight, out, y_row, z_row, num_rows, eps,
-    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    y, y_row, z, z_row, weight, out, num_rows, eps,
+    GATED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, COLUMNS)
     first = tl.program_id(1) * D
     mask = (o_row < num_rows)[:, None] & (o_d < D)[None, :]
     u = tl.load(y + o_row[:, None] * y_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-    u *= b_z * tl.sigmoid(b_z)
+    if GATED:
+        b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+        u *= b_z * tl.sigmoid(b_z)
     r = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_out = u * r[:, None] * w[None, :]
@@ -37,8 +41,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
-    y, z, weight, dout, dy, dz, partial, y_row, z_row, dout_row, num_rows, eps,
-    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    y, y_row, z, z_row, weight, dout, dy, dz, partial, dout_row, num_rows, eps,
+    GATED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partial: [programs, g * d], the program's sums of the weight's gradient."""
     o_d = tl.arange(0, COLUMNS)
@@ -48,35 +52,37 @@ def backward_kernel(
     for start in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         o_row = (start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (o_row < num_rows)[:, None] & (o_d < D)[None, :]
-        b_y = tl.load(y + o_row[:, None] * y_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(b_z)
-        u = b_y * (b_z * gate)
+        u = tl.load(y + o_row[:, None] * y_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            b_y = u
+            b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(b_z)
+            u *= b_z * gate
         b_dout = tl.load(dout + o_row[:, None] * dout_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        r = (1 / tl.sqrt(tl.sum(u * u, 1) / D + eps))[:, None]
-        normed = u * r
-        dweight += b_dout * normed
-        b_dout *= w
-        du = r * (b_dout - normed * (tl.sum(b_dout * normed, 1) / D)[:, None])
+        along = tl.sum(b_dout * w * u, 1) / D  # one sum does not wait for the other
+        r = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+        dweight += b_dout * u * r[:, None]
+        du = r[:, None] * (b_dout * w - u * (along * r * r)[:, None])
         o_out = o_row[:, None] * (G * D) + (first + o_d)[None, :]
-        b_dz = du * b_y * gate * (1 + b_z * (1 - gate))
-        tl.store(dz + o_out, b_dz.to(dz.dtype.element_ty), mask=mask)
-        tl.store(dy + o_out, (du * (b_z * gate)).to(dy.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(dz + o_out, (du * b_y * gate * (1 + b_z * (1 - gate))).to(dz.dtype.element_ty), mask=mask)
+            du *= b_z * gate
+        tl.store(dy + o_out, du.to(dy.dtype.element_ty), mask=mask)
     tl.store(partial + tl.program_id(0) * (G * D) + first + o_d, tl.sum(dweight, 0), mask=o_d < D)
 
 
-class GatedRMSNorm(torch.autograd.Function):
-    """y, z: [..., d]."""
+class RMSNorm(torch.autograd.Function):
+    """y, z: [..., d]; z is None where there is no gate."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, z: Tensor, weight: Tensor, eps: float, num_groups: int) -> Tensor:
-        rows, gates = as_rows(y), as_rows(z)
+    def forward(ctx, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, num_groups: int, dtype: torch.dtype) -> Tensor:
+        rows = as_rows(y)
+        gates = None if z is None else as_rows(z)
         num_rows, d = rows.shape
-        out = torch.empty((num_rows, d), dtype=weight.dtype, device=y.device)
+        out = torch.empty((num_rows, d), dtype=dtype, device=y.device)
         choice = launch("norm_forward", d // num_groups)
         forward_kernel[triton.cdiv(num_rows, choice.rows), num_groups](
-            rows, gates, weight, out, rows.stride(0), gates.stride(0), num_rows, eps, **sizes(d, num_groups, choice.rows),
-            num_warps=choice.num_warps, num_stages=choice.num_stages,
+            rows, *gate_arguments(rows, gates), weight, out, num_rows, eps, **sizes(d, num_groups, gates is not None, choice)
         )  # fmt: skip
         ctx.save_for_backward(rows, gates, weight)
         ctx.eps, ctx.num_groups, ctx.shape = eps, num_groups, y.shape
@@ -89,15 +95,20 @@ class GatedRMSNorm(torch.autograd.Function):
         num_rows, d = rows.shape
         dout = as_rows(dout)
         dy = torch.empty((num_rows, d), dtype=rows.dtype, device=rows.device)
-        dz = torch.empty((num_rows, d), dtype=gates.dtype, device=rows.device)
+        dz = None if gates is None else torch.empty((num_rows, d), dtype=gates.dtype, device=rows.device)
         choice = launch("norm_backward", d // ctx.num_groups)
         programs = min(NORM_PROGRAMS, triton.cdiv(num_rows, choice.rows))
         partial = torch.empty((programs, d), dtype=torch.float32, device=rows.device)
         backward_kernel[programs, ctx.num_groups](
-            rows, gates, weight, dout, dy, dz, partial, rows.stride(0), gates.stride(0), dout.stride(0), num_rows, ctx.eps,
-            **sizes(d, ctx.num_groups, choice.rows), num_warps=choice.num_warps, num_stages=choice.num_stages,
+            rows, *gate_arguments(rows, gates), weight, dout, dy, dy if dz is None else dz, partial, dout.stride(0), num_rows, ctx.eps,
+            **sizes(d, ctx.num_groups, gates is not None, choice),
         )  # fmt: skip
-        return dy.view(ctx.shape), dz.view(ctx.shape), partial.sum(0).to(weight.dtype), None, None
+        return dy.view(ctx.shape), None if dz is None else dz.view(ctx.shape), partial.sum(0).to(weight.dtype), None, None, None
+
+
+def gate_arguments(rows: Tensor, gates: Tensor | None) -> tuple[int, Tensor, int]:
+    """The rows' stride, the gates and theirs; where there are none the kernel never reads the pointer."""
+    return (rows.stride(0), rows, 0) if gates is None else (rows.stride(0), gates, gates.stride(0))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -106,12 +117,19 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def sizes(d: int, num_groups: int, rows: int) -> dict[str, int]:
+def sizes(d: int, num_groups: int, is_gated: bool, choice: Launch) -> dict[str, Any]:
     size = d // num_groups
-    return {"G": num_groups, "D": size, "ROWS": rows, "COLUMNS": triton.next_power_of_2(size)}
+    tiles = {"GATED": is_gated, "G": num_groups, "D": size, "ROWS": choice.rows, "COLUMNS": triton.next_power_of_2(size)}
+    return tiles | {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`omnimamba.ops.rms_norm` for at least one row."""
+    with torch.cuda.device_of(x):
+        return RMSNorm.apply(x, None, weight.contiguous(), eps, 1, output_dtype(weight))
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, num_groups: int = 1) -> Tensor:
     """`omnimamba.ops.gated_rms_norm` for at least one row."""
     with torch.cuda.device_of(y):
-        return GatedRMSNorm.apply(y, z, weight.contiguous(), eps, num_groups)
+        return RMSNorm.apply(y, z, weight.contiguous(), eps, num_groups, output_dtype(weight))

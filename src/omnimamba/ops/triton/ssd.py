@@ -347,11 +347,12 @@ def chunk_rows(choice: Launch, l: int) -> int:
 
 
 def sizes(x: Tensor, B: Tensor, choice: Launch, **changed: int) -> dict[str, Any]:
-    """The arguments common to all kernels: sizes and tiles of the problem, warps and stages of the launch."""
+    """The arguments common to all kernels: sizes and tiles of the problem, warps, stages and registers of the launch."""
     l, h, p = x.shape[1:]
     g, n = B.shape[2:]
     tiles = {"Q": chunk_rows(choice, l), "TILE_P": tile(p), "TILE_N": tile(n), "DOT": dot_dtype(x.dtype)}
-    return {"H": h, "R": h // g, "P": p, "N": n, "num_warps": choice.num_warps, "num_stages": choice.num_stages} | tiles | changed
+    compiled = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.max_registers}
+    return {"H": h, "R": h // g, "P": p, "N": n} | compiled | tiles | changed
 
 
 def walk_spans(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, span: int, spans: int, rows: int) -> tuple[Tensor, Tensor]:
