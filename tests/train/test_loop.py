@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from omnimamba.train import checkpoint, loop
-from omnimamba.train.config import Data, Init, Recipe, Samples, TowerTraining, Train, VQTraining
+from omnimamba.train.config import Data, Init, LookalikeTraining, Recipe, Samples, TowerTraining, Train, VQTraining
 from omnimamba.train.interrupt import STOP_SIGNALS, Interrupted
 from omnimamba.train.run import make_objective
 
@@ -203,13 +203,22 @@ def test_fingerprint_ignores_reports_and_the_length_of_the_run():
     other = {int: 7, float: 0.5, bool: True, str: "other", tuple: ("caption",), dict: {"caption": 0.5}}
     ignored = set()
     valid = {"precision": "fp32", "images": "folder", "text_width": 64, "best_is": "highest", "parallel": "fsdp", "tracker": "wandb"}
-    for section, cls in (("train", Train), ("init", Init), ("data", Data), ("vq", VQTraining), ("tower", TowerTraining)):
+    valid |= {"repeat": {"name": 2}, "blend": 0.25}
+    for section, cls in (
+        ("train", Train),
+        ("init", Init),
+        ("data", Data),
+        ("vq", VQTraining),
+        ("tower", TowerTraining),
+        ("lookalikes", LookalikeTraining),
+    ):
         for field in dataclasses.fields(cls):
             if field.name in ("max_broken", "streaming", "graphs"):
                 continue  # not for every recipe
             part = getattr(recipe, section)
             value = valid.get(field.name) or other[type(getattr(part, field.name))]
             value = not getattr(part, field.name) if value is True else value
+            value = {"name": "caption"} if (section, field.name) == ("lookalikes", "labels") else value
             more = {
                 "collage_labels": {"collage_share": 0.1},
                 "collage_share": {"collage_labels": ("caption",)},
@@ -217,6 +226,8 @@ def test_fingerprint_ignores_reports_and_the_length_of_the_run():
                 "t2i": {"mmu": "x"},
                 "best": {"val_every": 1},
                 "adapter": {"model": "x"},
+                "versions": {"labels": {"name": "caption"}} if section == "lookalikes" else {},
+                "labels": {"versions": 2} if section == "lookalikes" else {},
             }.get(field.name, {})
             values = dataclasses.asdict(part) | {field.name: value} | more
             if loop.recipe_fingerprint(dataclasses.replace(recipe, **{section: cls(**values)})) == fingerprint:

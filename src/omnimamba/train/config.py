@@ -112,8 +112,8 @@ class Data:
         at_least("data", self, 1, "num_threads", "stream_buffer", "versions")
         at_least("data", self, 0, "joined", at_most=1)
         at_least("data", self, 0, "max_broken")
-        if not all(isinstance(times, int) and times > 0 for times in self.repeat.values()):
-            raise ValueError(f"data.repeat={self.repeat}; pass 1 or more for each type")
+        if not isinstance(self.repeat, dict) or not all(isinstance(times, int) and times > 0 for times in self.repeat.values()):
+            raise ValueError(f"data.repeat={self.repeat}; pass a number of 1 or more for each type, as in {{ name = 3 }}")
         if self.versions > 1 and (self.tokens or self.streaming):
             raise ValueError(f"data.versions={self.versions} are made of the images at the start; leave out data.tokens and data.streaming")
         if self.streaming and (self.images != "datasets" or self.tokens or self.joined or self.kinds or self.repeat or self.in_memory):
@@ -274,6 +274,8 @@ class LookalikeTraining:
         at_least("lookalikes", self, 0, "versions")
         at_least("lookalikes", self, 0, "blend", at_most=1)
         at_least("lookalikes", self, 0.01, "temperature")
+        if not isinstance(self.labels, dict) or not all(isinstance(column, str) for column in self.labels.values()):
+            raise ValueError(f'lookalikes.labels={self.labels}; pass a column for each kind of question, as in {{ name = "caption" }}')
         if bool(self.versions) != bool(self.labels):
             raise ValueError("lookalikes.versions and lookalikes.labels belong together: set both")
 
