@@ -107,7 +107,7 @@ def made_up(case: Case, variant: str, folder: Path, steps: int, log_every: int) 
     start = ["init.backbone=", "init.mmu=", "init.t2i=", "init.shared=", f"model.base_vocab_size={TOKENIZER_SIZE}", "model.eos_id=0"]
     data = [f"data.folder={folder}", "data.images=folder", "data.in_memory=true", "data.val_split=", "data.joined=0.0", "data.versions=1"]
     data += ["data.repeat={}", "lookalikes.versions=0", "lookalikes.labels={}"]
-    data += ["data.captions=captions.jsonl", "data.conversations=conversations.jsonl", "lookalikes.versions=0", "lookalikes.labels="]
+    data += ["data.captions=captions.jsonl", "data.conversations=conversations.jsonl"]
     run = [f"train.steps={steps}", f"train.log_every={log_every}", f"out={folder}/{variant}"]
     run += [f"train.{name}_every=0" for name in ("val", "sample", "save")]
     return read_recipe(RECIPES / case.recipe, [*files, *start, *data, *run, *case.overrides, *VARIANTS[variant]])
