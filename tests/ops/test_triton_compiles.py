@@ -32,7 +32,8 @@ POINTERS = {
 }
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 SHARED_MEMORY = 227 * 1024  # of one program, compute capability 9.0
-SPILLED = 640  # bytes of a thread; with 4 warps the scan's backward spills 588, and was 9 % faster on an H200 than with 8
+SPILLED = 256  # bytes per thread: a few values; a tile too many spills more
+SPILLED_OF = {"ssd.backward_kernel": 640}  # with 4 warps it spills 588, and was 9 % faster on an H200 than with 8
 SIZES = {
     "nano": {"b": 64, "l": 293, "h": 8, "p": 64, "n": 64},
     "1.3b": {"b": 24, "l": 329, "h": 64, "p": 64, "n": 128},
@@ -103,10 +104,10 @@ def run_all(b, l, h, p, n, dtype, has_state) -> None:
 @pytest.mark.parametrize(("size", "has_state"), [("nano", False), ("nano", True), ("1.3b", False), ("one row of 1.3b", False)])
 def test_bf16(kernels, size, has_state):
     run_all(**SIZES[size], dtype=torch.bfloat16, has_state=has_state)
-    spilled = {f"{kernel.kernel.__module__}.{kernel.kernel.__name__}": kernel.spilled for kernel in kernels}
+    spilled = {f"{kernel.kernel.__module__.rsplit('.', 1)[-1]}.{kernel.kernel.__name__}": kernel.spilled for kernel in kernels}
     assert all(spilled.values()), f"never launched: {spilled}"
     if not has_state:  # training, and long prompts
-        assert max(max(values) for values in spilled.values()) <= SPILLED, spilled
+        assert all(max(values) <= SPILLED_OF.get(name, SPILLED) for name, values in spilled.items()), spilled
 
 
 def test_fp32(kernels):
