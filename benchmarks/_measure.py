@@ -1,10 +1,14 @@
 """Time, read bandwidth and memory, on a GPU or a CPU."""
 
+import collections
 import gc
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,6 +46,34 @@ def read_bandwidth(device: str) -> float:
     """Bytes per second of summing 4 GiB (256 MiB on a CPU)."""
     values = torch.ones(2**30 if device == "cuda" else 2**26, device=device)
     return values.nbytes / milliseconds(values.sum, 20, device) * 1e3
+
+
+class Kernel(NamedTuple):
+    name: str
+    count: float
+    ms: float
+
+
+def kernels(run: Callable[[], Any], device: str, repeats: int = 1) -> list[Kernel]:
+    """What a run has on the device, the longest first, those of one name apart by their grids; on a CPU, operators, those called by others
+    counted twice."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    categories = ("kernel", "gpu_memcpy", "gpu_memset") if device == "cuda" else ("cpu_op",)
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(repeats):
+            run()
+        synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    times = collections.defaultdict(list)
+    for event in events:
+        if event.get("cat") in categories:
+            grid = event["args"].get("grid")
+            times[event["name"][:80] + (f" {grid}" if grid else "")].append(event["dur"] / 1e3)
+    return sorted((Kernel(name, len(ms) / repeats, sum(ms) / repeats) for name, ms in times.items()), key=lambda kernel: -kernel.ms)
 
 
 class Memory:

@@ -11,17 +11,13 @@ kernels of one name apart by their grids. The last line on stdout is JSON.
 """
 
 import argparse
-import collections
 import dataclasses
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from _measure import Memory, milliseconds, synchronize
+from _measure import Memory, kernels, milliseconds
 from _model import random_model
 from _report import add_json_option, begin, finish, lacks
 from torch import Tensor
@@ -95,32 +91,6 @@ def reading(runner: Runner, case: Case) -> Callable[[], None]:
     return read
 
 
-class Kernel(NamedTuple):
-    name: str
-    count: int
-    ms: float
-
-
-def kernels(read: Callable[[], None], device: str) -> list[Kernel]:
-    """What ran on the device, the longest first; on a CPU, operators, those called by others counted twice."""
-    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
-    categories = ("kernel", "gpu_memcpy", "gpu_memset") if device == "cuda" else ("cpu_op",)
-    synchronize(device)
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        read()
-        synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    times = collections.defaultdict(list)
-    for event in events:
-        if event.get("cat") in categories:
-            grid = event["args"].get("grid")
-            times[event["name"][:80] + (f" {grid}" if grid else "")].append(event["dur"] / 1e3)
-    return sorted((Kernel(name, len(ms), sum(ms)) for name, ms in times.items()), key=lambda kernel: -kernel.ms)
-
-
 def timed(runner: Runner, case: Case, repeats: int, device: str) -> dict[str, Any]:
     model, read = runner.model, reading(runner, case)
     graphs = runner.prefill_graphs
@@ -170,8 +140,8 @@ def main() -> int:
         if arguments.profile:
             found = kernels(reading(runner, case), device)
             figures["kernels"] = [kernel._asdict() for kernel in found]
-            print(f"  all kernels {sum(kernel.count for kernel in found):6} x {sum(kernel.ms for kernel in found):9.3f} ms")
-            print(*(f"  {kernel.ms:9.3f} ms {kernel.count:6} x {kernel.name}" for kernel in found), sep="\n", flush=True)
+            print(f"  all kernels {sum(kernel.count for kernel in found):6.0f} x {sum(kernel.ms for kernel in found):9.3f} ms")
+            print(*(f"  {kernel.ms:9.3f} ms {kernel.count:6.0f} x {kernel.name}" for kernel in found), sep="\n", flush=True)
     finish(report, arguments.json)
     return 0
 

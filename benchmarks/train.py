@@ -25,12 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _measure import Memory, milliseconds
+from _measure import Memory, kernels, milliseconds
 from _report import add_json_option, begin, finish
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from omnimamba.config import OmniMambaConfig, Task
@@ -174,16 +173,8 @@ def profiled(recipe: Recipe, device: str, steps: int) -> dict[str, list[dict[str
     del loss
     kept.clear()
     step()
-    is_gpu = device == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_gpu]) as profiler:
-        for _ in range(steps):
-            step()
-        if is_gpu:
-            torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.device_type.name == device.upper()]
-    times = {event.key: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / steps / 1e3 for event in events}
     return {
-        "kernels": [{"ms": times[e.key], "calls": e.count / steps, "name": e.key} for e in sorted(events, key=lambda e: -times[e.key])],
+        "kernels": [kernel._asdict() for kernel in kernels(step, device, steps)],
         "kept": [{"GB": num_bytes / 1e9, "tensors": number[name], "name": name} for name, num_bytes in size.most_common()],
     }
 
@@ -258,11 +249,9 @@ def line(figures: dict[str, float | None] | str) -> str:
 
 
 def profile_lines(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    kernels, kept = found["kernels"], found["kept"]
-    lines = [f"{sum(e['ms'] for e in kernels):8.2f} ms in {sum(e['calls'] for e in kernels):.0f} kernels"]
-    lines += [
-        f"{e['ms']:8.2f} ms {e['calls']:7.1f} x {e['ms'] / e['calls'] * 1e3:8.1f} us  {e['name'][:150]}" for e in kernels[:PROFILE_LINES]
-    ]
+    ran, kept = found["kernels"], found["kept"]
+    lines = [f"{sum(e['ms'] for e in ran):8.2f} ms in {sum(e['count'] for e in ran):.0f} kernels"]
+    lines += [f"{e['ms']:8.2f} ms {e['count']:7.1f} x {e['ms'] / e['count'] * 1e3:8.1f} us  {e['name'][:150]}" for e in ran[:PROFILE_LINES]]
     lines += [f"{sum(e['GB'] for e in kept):8.2f} GB kept for the backward pass, weights left out"]
     return lines + [f"{e['GB']:8.2f} GB {e['tensors']:5} x {e['name']}" for e in kept[:PROFILE_LINES]]
 
