@@ -110,7 +110,7 @@ def random_shape(name: str, device: str) -> dict[str, dict[str, Figures]]:
     for _ in range(config.backbone.n_layer):
         block = Mamba2Block(config.backbone, config.lora).to(device).eval()
         for scheme, residual in residuals.items():
-            residuals[scheme], _, _ = quantized_block(block, scheme)(residual, None)
+            residuals[scheme] = quantized_block(block, scheme)(residual, None)
     norm = RMSNorm(config.backbone.d_model, config.backbone.norm_eps).to(device)
     expected = linear(norm(residuals[None]), table)
     return {scheme: {Task.MMU: compared(linear(norm(residuals[scheme]), quantised[scheme]), expected)} for scheme in Quantization}

@@ -72,6 +72,7 @@ VARIANTS = {
     "chunk": (CHUNK,),
     "recompute": ("train.recompute=true",),
     "recompute, chunk": ("train.recompute=true", CHUNK),
+    "graphs, recompute, chunk": ("train.graphs=true", "train.recompute=true", CHUNK),
 }
 
 

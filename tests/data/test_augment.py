@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from omnimamba.data.augment import Augmentation, augment, collage, normalise, unit_range
+from omnimamba.data.augment import Augmentation, augment, collage, normalise, turn, unit_range
 
 EVERYTHING = Augmentation(
     scale=0.3,
@@ -186,7 +186,16 @@ def test_collage_has_tiles_of_an_eighth_of_the_side_or_more():
     source = collage(torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 32, 32), torch.zeros(64), torch.Generator().manual_seed(0))[:, 0]
     tiles = source.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)
     assert (tiles == tiles[..., :1]).all()
-    assert {len(image.unique()) > 16 for image in source} == {True, False}  # 8x8, and 2x2 or 4x4
+    nums = [len(image.unique()) for image in source]
+    assert 1 in nums and any(1 < num <= 4 for num in nums) and any(4 < num <= 16 for num in nums) and max(nums) > 16
+
+
+def test_turn_has_the_eight_symmetries_and_moves_pixels_only():
+    image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    result = turn(image.expand(200, 3, 6, 6), torch.Generator().manual_seed(1))
+    symmetries = [mirrored.rot90(k, (1, 2)) for mirrored in (image, image.flip(2)) for k in range(4)]
+    found = torch.stack([(result == symmetry).flatten(1).all(1) for symmetry in symmetries], 1)
+    assert (found.sum(1) == 1).all() and found.any(0).all()
 
 
 def test_unit_range_and_normalise():

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from omnimamba.ops.triton import conv, decode, decode_sample, norm, prefill, ssd
+from omnimamba.ops.triton import block, conv, decode, decode_sample, norm, prefill, ssd, ssd_backward
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,6 @@ POINTERS = {
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 SHARED_MEMORY = 227 * 1024  # of one program, compute capability 9.0
 SPILLED = 256  # bytes per thread: a few values; a tile too many spills more
-SPILLED_OF = {"ssd.backward_kernel": 640}  # with 4 warps it spills 588, and was 9 % faster on an H200 than with 8
 SIZES = {
     "nano": {"b": 64, "l": 293, "h": 8, "p": 64, "n": 64},
     "1.3b": {"b": 24, "l": 329, "h": 64, "p": 64, "n": 128},
@@ -77,8 +76,9 @@ class Compiled:
 def kernels(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     stand_ins = []
-    for module in (conv, norm, ssd):
-        for name in ("forward_kernel", "states_kernel", "activation_backward_kernel", "backward_kernel"):
+    names = [name for name in vars(ssd_backward) if name.endswith("_kernel")]
+    for module in (conv, norm, ssd, ssd_backward):
+        for name in ("forward_kernel", "span_kernel", "backward_kernel", *names):
             if hasattr(module, name):
                 stand_ins.append(Compiled(getattr(module, name), tmp_path))
                 monkeypatch.setattr(module, name, stand_ins[-1])
@@ -105,19 +105,20 @@ def run_all(b, l, h, p, n, dtype, has_state) -> None:
 def test_bf16(kernels, size, has_state):
     run_all(**SIZES[size], dtype=torch.bfloat16, has_state=has_state)
     spilled = {f"{kernel.kernel.__module__.rsplit('.', 1)[-1]}.{kernel.kernel.__name__}": kernel.spilled for kernel in kernels}
-    assert all(spilled.values()), f"never launched: {spilled}"
+    launched = {name for name, values in spilled.items() if values}
+    assert launched == spilled.keys() - ({"ssd.span_kernel"} if size != "one row of 1.3b" else set()), spilled
     if not has_state:  # training, and long prompts
-        assert all(max(values) <= SPILLED_OF.get(name, SPILLED) for name, values in spilled.items()), spilled
+        assert all(max(values, default=0) <= SPILLED for values in spilled.values()), spilled
 
 
 def test_fp32(kernels):
-    run_all(**SIZES["nano"], dtype=torch.float32, has_state=False)
+    run_all(**SIZES["one row of 1.3b"], dtype=torch.float32, has_state=False)
     assert all(kernel.spilled for kernel in kernels)
 
 
 def test_sizes_smaller_than_a_tile(kernels):
     run_all(2, 5, h=2, p=24, n=20, dtype=torch.float16, has_state=False)
-    assert all(kernel.spilled for kernel in kernels)
+    assert all(kernel.spilled for kernel in kernels if kernel.kernel.__name__ != "span_kernel")
 
 
 @pytest.mark.parametrize("lengths", [None, torch.zeros(1, dtype=torch.int64)])
@@ -131,6 +132,12 @@ def test_prefill_of_1_3b(kernels, monkeypatch, tmp_path, lengths):
     residual, addend = torch.empty(1, 760, 2048), torch.empty(1, 760, 2048, dtype=bf16)
     prefill.add_rms_norm(residual, None if lengths is None else addend, torch.empty(2048, dtype=bf16), 1e-5)
     assert prefill.ends_kernel.spilled == prefill.add_norm_kernel.spilled == [0]
+
+
+def test_dropout(monkeypatch, tmp_path):
+    monkeypatch.setattr(block, "dropout_kernel", Compiled(block.dropout_kernel, tmp_path))
+    block.dropout(torch.empty(24 * 329, 2048, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), 0.05)
+    assert block.dropout_kernel.spilled == [0]
 
 
 @pytest.fixture

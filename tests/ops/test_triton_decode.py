@@ -124,7 +124,7 @@ def test_a_step_equals_the_plain_one(model, monkeypatch, path, name, dtype):
     found = decoder.logits(batch)
     rows = rows_of(batch)
     logits = expected.decode([slot for slot, _ in rows], [s.task for _, s in rows], [s.token for _, s in rows])
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2 if path == "vector" else 1.2e-2  # which rounds activations between products
     for task, wanted in logits.items():
         assert_near(found[task][[i for i, (_, s) in enumerate(rows) if s.task is task]], wanted, tolerance)
     assert_near(runner.state.ssm, expected.state.ssm, tolerance)

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from omnimamba.ops.ssd import plain_ssd_chunk_scan
 from omnimamba.ops.triton import ssd as kernel
+from omnimamba.ops.triton import ssd_tiles
 from omnimamba.ops.triton.launch import LAUNCHES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -54,7 +55,7 @@ def test_the_chunk_size_is_only_the_definitions(kernel_device, compare, chunk_si
 @pytest.mark.parametrize("full_grid", [1, 10**6])
 @pytest.mark.parametrize("g", [1, 2])
 def test_heads_of_a_group_in_one_program_and_in_several(kernel_device, compare, monkeypatch, g, full_grid):
-    monkeypatch.setattr(kernel, "FULL_GRID", full_grid)
+    monkeypatch.setattr(ssd_tiles, "FULL_GRID", full_grid)
     compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1, 37, h=4, g=g))
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimamba.config import Task
 from omnimamba.data.augment import Augmentation
-from omnimamba.train import checkpoint, loop
+from omnimamba.train import checkpoint, loop, run
 from omnimamba.train.graphs import GraphRecorder, RecordedSteps, mapped, shapes_of
 from omnimamba.train.optim import MovingAverage, adamw, set_learning_rate, trainable
 from omnimamba.train.run import check_graphs, make_objective, train
@@ -177,7 +177,7 @@ def test_learning_rate_of_a_recording():
         assert optimizer.param_groups[0]["lr"] == 0.25 and (not isinstance(lr, torch.Tensor) or lr == 0.25)
 
 
-def test_where_graphs_are_refused(recipe, plain_stage2, tmp_path):
+def test_where_graphs_are_refused(recipe, plain_stage2, tmp_path, monkeypatch):
     for device, num_processes in ((CPU, 1), (torch.device("cuda"), 2)):
         with pytest.raises(
             ValueError, match=f"graphs=true is for one process with a CUDA device; leave it .* {num_processes} on .* {device}"
@@ -185,6 +185,9 @@ def test_where_graphs_are_refused(recipe, plain_stage2, tmp_path):
             check_graphs(recipe("stage2", graphs=True), device, num_processes)
         check_graphs(recipe("stage2"), device, num_processes)
     check_graphs(recipe("stage2", graphs=True), torch.device("cuda"), 1)
+    monkeypatch.setattr(run, "missing_for_kernels", lambda: "no kernels here")
+    with pytest.raises(ValueError, match="train.recompute=true where blocks have kernels: no kernels here"):
+        check_graphs(recipe("stage2", graphs=True, recompute=True), torch.device("cuda"), 1)
     with pytest.raises(ValueError, match="train.graphs=true is for one process with a CUDA device"):
         train(plain_stage2, ["train.graphs=true", f"out={tmp_path}/run"], device="cpu")
     assert not (tmp_path / "run").exists()
@@ -202,7 +205,7 @@ class FromPython(GraphRecorder):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16", "loss_chunk": 100}])
+@pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16", "loss_chunk": 100}, {"recompute": True}])
 @pytest.mark.parametrize("stage", ["stage2", "stage1_t2i"])
 def test_graphs_compute_what_python_does(recipe, tmp_path, monkeypatch, log_lines, stage, options):
     """To the bit, dropout and augmentation included, also when a run goes on."""
@@ -228,6 +231,7 @@ def test_graphs_compute_what_python_does(recipe, tmp_path, monkeypatch, log_line
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_no_step_waits_for_the_gpu(recipe):
     cuda = torch.device("cuda")
     r = dataclasses.replace(recipe("stage2", image_token_noise=0.1, mmu_batch=5), augment=EVERY_CHANGE)

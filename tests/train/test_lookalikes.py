@@ -48,13 +48,17 @@ def test_a_question_comes_with_an_image_that_was_taken_for_its_own():
     assert {found.draw("pear", "style", rng) for _ in range(100)} == {1, 4}  # a kind without a column
 
 
-def test_features_are_the_towers_and_texts_follow_its_probabilities(taught):
+@pytest.mark.parametrize("all_are_plain", [False, True])
+def test_features_are_the_towers_and_texts_follow_its_probabilities(taught, all_are_plain):
     first, again = (made(taught).mmu for _ in range(2))
     found = first.lookalikes
     assert len(found.features) == VERSIONS * len(first.images) and torch.equal(found.features, again.lookalikes.features)
     rows = np.concatenate(found.rows["caption"])
     assert sorted(rows) == list(range(len(found.features)))  # each was taken for one text
-    plain = dataclasses.replace(taught, augment=Augmentation(), lookalikes=dataclasses.replace(taught.lookalikes, blend=0.0))
+    if all_are_plain:
+        plain = dataclasses.replace(taught, lookalikes=dataclasses.replace(taught.lookalikes, plain=1.0))
+    else:
+        plain = dataclasses.replace(taught, augment=Augmentation(), lookalikes=dataclasses.replace(taught.lookalikes, blend=0.0))
     objective = made(plain)
     own = objective.features(objective.batch(0)[Task.MMU], None)
     names = list(objective.mmu.images.names)

@@ -207,10 +207,12 @@ def test_conversations_that_do_not_fit_are_counted(recipe, caplog):
 
 
 def test_repeated_kinds(recipe, change):
-    once, more = (make_objective(change(recipe("stage1_mmu"), "data", repeat=repeat), CPU).mmu.samples for repeat in ({}, {"name": 3}))
+    plain, repeated = (make_objective(change(recipe("stage1_mmu"), "data", repeat=repeat), CPU) for repeat in ({}, {"name": 3}))
+    once, more = plain.mmu.samples, repeated.mmu.samples
     assert len({sample.kind for sample in once}) == 2
     for sample in once:
         assert more.count(sample) == once.count(sample) * (3 if sample.kind == "name" else 1)
+    assert repeated.val_mmu.samples == plain.val_mmu.samples
 
 
 def test_joined_conversations():

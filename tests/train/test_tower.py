@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from omnimamba.config import OmniMambaConfig, preset
 from omnimamba.eval.judge import Judge
-from omnimamba.train import loop
+from omnimamba.train import loop, tower
 from omnimamba.train.run import make_objective
 
 CPU = torch.device("cpu")
@@ -66,6 +66,15 @@ def test_shares_of_a_batch(recipe, change, log_lines, shares):
         r = change(r, "tower", labels={"style": 1.0} if collages == 1 else {"caption": 1.0} | dict.fromkeys(labels, 1.0))
     loop.run(make_objective(r, CPU), r, CPU)
     assert len(log_lines(r.out)) == 2
+
+
+def test_only_collages_are_turned(recipe, change, monkeypatch):
+    turned = []
+    monkeypatch.setattr(tower, "turn", lambda images, generator: turned.append(len(images)) or images)
+    r = change(recipe("tower"), "tower", plain_share=0.5, collage_share=1 / 3)
+    objective = make_objective(r, CPU)
+    objective.loss("tower", objective.batch(0), 0, torch.Generator().manual_seed(0))
+    assert turned == [2]  # of a batch of 6
 
 
 def test_more_than_one_tower(recipe):

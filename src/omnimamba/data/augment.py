@@ -53,19 +53,27 @@ def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) 
 
 
 def collage(images: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [b, 3, h, w] of 2x2, 4x4 or 8x8 tiles, each tile taken from the same place of a random image of the group.
+    """Images [b, 3, h, w] of 1, 2x2, 4x4 or 8x8 tiles, each tile taken from the same place of a random image of the group.
 
-    What an image shows is lost, what its group [b] has in common stays. The sides are multiples of 8.
+    What an image shows is lost but in the quarter that stays whole, what its group [b] has in common stays. The sides are multiples of 8.
     """
     b, _, h, w = images.shape
     device = images.device
     same = (groups[:, None] == groups[None, :]).float().to(generator.device)
     partners = torch.multinomial(same, 64, replacement=True, generator=generator).to(device)
-    tiles = 2 ** torch.randint(1, 4, (b, 1, 1), generator=generator, device=generator.device).to(device)  # per side
+    tiles = 2 ** torch.randint(0, 4, (b, 1, 1), generator=generator, device=generator.device).to(device)  # per side
     y, x = torch.arange(h, device=device)[None, :, None], torch.arange(w, device=device)[None, None, :]
     tile = y * tiles // h * tiles + x * tiles // w
     source = partners.gather(1, tile.flatten(1)).view(b, h, w)
     return images[source, :, y, x].permute(0, 3, 1, 2)
+
+
+def turn(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [b, 3, s, s], each turned or mirrored by one of the eight symmetries of the square: every pixel keeps its colour."""
+    b = len(images)
+    images = torch.where(_chosen(b, 0.5, images, generator), images.flip(3), images)
+    images = torch.where(_chosen(b, 0.5, images, generator), images.flip(2), images)
+    return torch.where(_chosen(b, 0.5, images, generator), images.mT, images)
 
 
 def _uniform(b: int, half_range: float, like: Tensor, generator: torch.Generator) -> Tensor:

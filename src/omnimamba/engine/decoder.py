@@ -37,6 +37,8 @@ class DecodeOptions:
     """Programmatic dependent launch; None: where the GPU has it."""
     max_vector_rows: int = 2
     """Up to so many rows, a block is three launches that multiply matrix and vectors; above, projections are matrix products of cuBLAS."""
+    max_split_rows: int = 64
+    """Up to so many rows, out_proj is a product of our own, in parts that the next norm adds up."""
     max_steps: int = 16
     """Steps of a block at most."""
 
@@ -246,13 +248,21 @@ class FusedDecoder:
         y = self._buffer("y", b, config.d_inner, torch.float32)
         newest = self._buffer("newest", b, 2 * config.d_state, torch.float32)
         gated = self._buffer("gated", b, config.d_inner, self._dtype)
-        mixed = self._buffer("mixed", b, config.d_model, self._dtype)
+        can_split = b <= self.options.max_split_rows and self.layers[0].out_proj.scale is None
+        num_parts = kernels.matrix_parts(config.d_inner)[0] if can_split else 0
+        if num_parts:
+            mixed = self._buffer("mixed parts", num_parts * b, config.d_model, torch.float32).view(num_parts, b, -1)
+        else:
+            mixed = self._buffer("mixed", b, config.d_model, self._dtype)
         for i, layer in enumerate(self.layers):
             kernels.norm(residual, layer.norm, u, eps=self.eps, addend=mixed if i else None, pdl=self.pdl)
             multiply_with_lora(u, layer, projected)
             kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
             kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=Shift(layer.conv, rows.slots, newest), pdl=self.pdl)
-            multiply(gated, layer.out_proj, mixed)
+            if num_parts:
+                kernels.multiply_parts(gated, layer.out_proj.values, mixed, pdl=self.pdl)
+            else:
+                multiply(gated, layer.out_proj, mixed)
         kernels.norm(residual, self.final_norm, u, eps=self.eps, addend=mixed, pdl=self.pdl)
         logits = {}
         for task in tasks:

@@ -35,8 +35,6 @@ class TaskLoraLinear(nn.Module):
 
     def forward(self, u: Tensor, task: Tasks) -> Tensor:
         """u: [b, d] or [b, l, d]. Returns the same shape with out_features last."""
-        if self.training and isinstance(task, Task) and self.lora_A:
-            return self.learn(u, task)
         y = linear(u, self.weight)
         if task is None or not self.lora_A:
             return y
@@ -54,17 +52,9 @@ class TaskLoraLinear(nn.Module):
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize(u.dtype)
         return add_product(self.lora(u, task), u, weight)
 
-    def learn(self, u: Tensor, task: Task) -> Tensor:
-        """`forward` of one task in training. The pair is `rank` more columns of the large product, forwards and backwards: neither what
-        it adds, [b, l, n], nor the gradient of that passes through memory by itself. Where the weight is frozen that product would have
-        a gradient that nobody needs: there the large product is added to what the pair gives."""
-        assert isinstance(self.weight, Tensor)
-        low = F.linear(F.dropout(u, self.dropout), self.lora_A[task])
-        dtype = low.dtype  # of products, autocast's if it is on
-        u, weight, B = u.to(dtype), self.weight.to(dtype), (self.lora_B[task] * self.scaling).to(dtype)
-        if self.weight.requires_grad:
-            return F.linear(torch.cat([u, low], -1), torch.cat([weight, B], 1))
-        return add_product(F.linear(low, B), u, weight)
+    def pair(self, task: Task | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """A and B of a task; none for no task, or where there is no LoRA."""
+        return (self.lora_A[task], self.lora_B[task]) if task is not None and self.lora_A else (None, None)
 
     def lora(self, u: Tensor, task: Task) -> Tensor:
         """What the pair of `task` adds to the output."""

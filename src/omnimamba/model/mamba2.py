@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omnimamba.config import BackboneConfig, LoraConfig
+from omnimamba.config import BackboneConfig, LoraConfig, Task
 from omnimamba.model.lora import TaskLoraLinear, Tasks
 from omnimamba.model.state import MambaState
 from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd_chunk_scan, ssd_step
+from omnimamba.ops.block import BlockOptions, BlockWeights, can_learn_block, learn_block
 from omnimamba.ops.norm import length_mask, softplus_dt
 from omnimamba.ops.prefill import add_rms_norm, scan_inputs
 
@@ -107,6 +108,20 @@ class Mamba2Mixer(nn.Module):
         y = ssd_step(ssm_state, x, softplus_dt(dt, self.dt_bias), self.A, B, C, D=self.D)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
+    def block_weights(self, norm: Tensor, task: Task | None) -> BlockWeights:
+        """Those of a whole block whose norm has the weight `norm`."""
+        A, B = self.in_proj.pair(task)
+        assert isinstance(self.in_proj.weight, Tensor)
+        return BlockWeights(
+            norm, self.in_proj.weight, A, B, self.conv1d.weight[:, 0], self.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
+            self.out_proj.weight,
+        )  # fmt: skip
+
+    def block_options(self, recompute: bool) -> BlockOptions:
+        config, in_proj = self.config, self.in_proj
+        sizes = config.nheads, config.headdim, config.ngroups, config.d_state, config.d_conv
+        return BlockOptions(*sizes, config.norm_eps, in_proj.scaling, in_proj.dropout, recompute)
+
     @property
     def A(self) -> Tensor:
         return -torch.exp(self.A_log.float())  # fp32: in fp16 exp(A_log) overflows
@@ -132,18 +147,22 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2Mixer(config, lora)
 
-    def forward(
-        self,
-        residual: Tensor,
-        task: Tasks,
-        lengths: Tensor | None = None,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The residual stream [b, l, d] after this block, and the states; see `Mamba2Mixer.forward`."""
-        u = self.norm(residual)
-        hidden, conv, ssm = self.mixer(u, task, lengths=lengths, conv_state=conv_state, ssm_state=ssm_state)
-        return residual + hidden, conv, ssm
+    def forward(self, residual: Tensor, task: Tasks, lengths: Tensor | None = None, *, recompute: bool = False) -> Tensor:
+        """The residual stream [b, l, d] after this block. recompute: see `Mamba2Backbone.forward`."""
+        if self.learns_whole(residual, task):
+            assert task is None or isinstance(task, Task)
+            return learn_block(residual, self.mixer.block_weights(self.norm.weight, task), self.mixer.block_options(recompute), lengths)
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(self.by_operators, residual, task, lengths, use_reentrant=False)
+        return self.by_operators(residual, task, lengths)
+
+    def by_operators(self, residual: Tensor, task: Tasks, lengths: Tensor | None) -> Tensor:
+        hidden, _, _ = self.mixer(self.norm(residual), task, lengths=lengths)
+        return residual + hidden
+
+    def learns_whole(self, residual: Tensor, task: Tasks) -> bool:
+        """Whether the whole block is one operator, for one task, in training."""
+        return self.training and not isinstance(task, Tensor) and can_learn_block(residual, self.mixer.block_options(False))
 
 
 class Mamba2Backbone(nn.Module):
@@ -160,8 +179,8 @@ class Mamba2Backbone(nn.Module):
         """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it, and `read` updates it in place.
 
         x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows. What stands in the padding,
-        even NaN, reaches no valid position and no state. recompute: a backward pass keeps the residual stream only and runs each
-        block a second time (activation checkpointing).
+        even NaN, reaches no valid position and no state. recompute: a backward pass keeps little and computes the rest of each block a
+        second time (activation checkpointing): all but the residual stream, or all but that and the scan where a block is one operator.
         """
         if lengths is not None:
             x = x.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0)
@@ -169,10 +188,7 @@ class Mamba2Backbone(nn.Module):
             return self.read(x, task, state, lengths=lengths)
         residual = x.float()
         for block in self.layers:
-            if recompute and torch.is_grad_enabled():
-                residual, _, _ = checkpoint(block, residual, task, lengths, use_reentrant=False)
-            else:
-                residual, _, _ = block(residual, task, lengths)
+            residual = block(residual, task, lengths, recompute=recompute)
         return self.norm_f(residual)
 
     @torch.no_grad()

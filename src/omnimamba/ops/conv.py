@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimamba.ops.plain_path import runs_kernel
+from omnimamba.ops.plain_path import announce_plain_path, runs_kernel
+
+MAX_WIDTH = 4
+"""Of a convolution that the kernel computes."""
 
 
 def causal_conv1d(
@@ -19,9 +22,11 @@ def causal_conv1d(
     Returns y [b, l, c] and the new state [b, c, w]; `initial_state` is not changed.
     """
     if runs_kernel(x):
-        from omnimamba.ops.triton import conv as kernel  # Triton need not be installed
+        if weight.shape[1] <= MAX_WIDTH:
+            from omnimamba.ops.triton import conv as kernel  # Triton need not be installed
 
-        return kernel.causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
+            return kernel.causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
+        announce_plain_path(x.device, f"there is no kernel for d_conv={weight.shape[1]}; {MAX_WIDTH} is the largest")
     return plain_causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
 
 

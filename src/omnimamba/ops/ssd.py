@@ -37,7 +37,7 @@ def ssd_chunk_scan(
     the rounding and nothing else; the kernel takes its chunks from its launch table, and a CPU none above CPU_CHUNK.
     """
     if runs_kernel(x):
-        if x.shape[3] <= 128 and B.shape[3] <= 256:  # larger tiles than these have never been compiled
+        if fits_kernel(x.shape[3], B.shape[3]):
             from omnimamba.ops.triton import ssd as kernel  # Triton need not be installed
 
             return kernel.ssd_chunk_scan(x, dt, A, B, C, D=D, initial_state=initial_state)
@@ -45,6 +45,11 @@ def ssd_chunk_scan(
     if x.device.type == "cpu":
         chunk_size = min(chunk_size, CPU_CHUNK)
     return plain_ssd_chunk_scan(x, dt, A, B, C, D=D, chunk_size=chunk_size, initial_state=initial_state)
+
+
+def fits_kernel(headdim: int, d_state: int) -> bool:
+    """Larger tiles than these have never been compiled."""
+    return headdim <= 128 and d_state <= 256
 
 
 def plain_ssd_chunk_scan(

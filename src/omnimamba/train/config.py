@@ -91,7 +91,7 @@ class Data:
     kinds: tuple[str, ...] = ()
     """Use only conversations whose `type` is one of these; empty: all."""
     repeat: dict[str, int] = dataclasses.field(default_factory=dict)
-    """How often conversations of a `type` come in an epoch, as in { name = 3 }; 1 for types that are not named."""
+    """How often conversations of a `type` come in an epoch of training, as in { name = 3 }; 1 for types that are not named."""
     joined: float = 0.0
     """Share of images that get one sample more, of all that is asked about them: practice in longer conversations."""
     alignment: bool = False
@@ -146,11 +146,11 @@ class Train:
     accumulate: int = 1
     """Parts that each process computes its share of a step in, one after the other: less memory, the same step."""
     recompute: bool = False
-    """Keep only each block's input for the backward pass and run the block again (activation checkpointing)."""
+    """Keep little of each block for the backward pass and compute the rest again (activation checkpointing)."""
     loss_chunk: int = 0
     """Positions whose scores over the vocabulary exist at once; 0: all of a step's."""
     graphs: bool = False
-    """Record the steps of kind omnimamba as CUDA graphs (see `graphs.py`): for small models, which wait for Python; takes more memory."""
+    """Record the steps of kind omnimamba as CUDA graphs (see `graphs.py`): for models that wait for Python; takes more memory."""
     parallel: str = "ddp"
     """With several processes: `ddp`, or `fsdp`, which spreads weights and optimizer over them."""
     train_backbone: bool = False
@@ -196,8 +196,8 @@ class Train:
             raise ValueError(f"train.best_is={self.best_is!r}; valid: lowest, highest")
         if self.best and not self.val_every:
             raise ValueError(f"train.best={self.best!r} is a figure of the validation; set train.val_every")
-        if self.graphs and (self.recompute or self.accumulate > 1):
-            raise ValueError("train.graphs=true records whole steps, without train.recompute and train.accumulate; leave these out")
+        if self.graphs and self.accumulate > 1:
+            raise ValueError("train.graphs=true records whole steps, without train.accumulate; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ class TowerTraining:
     plain_share: float = 0.0
     """Share of each batch that gets the changes of [augment_plain] instead of [augment], and no mixup."""
     collage_share: float = 0.0
-    """Share of each batch whose images become collages of images with the same `collage_labels`, and teach these alone."""
+    """Share of each batch whose images are turned, become collages of images with the same `collage_labels`, and teach these alone."""
     collage_labels: tuple[str, ...] = ()
     """Columns that say how an image is drawn, not what it shows. Learned on collages and plain images: changes of colour destroy
     them, and from whole drawings alone a network learns by heart who drew what."""
@@ -264,6 +264,8 @@ class LookalikeTraining:
     """Copies of each image, with the changes of [augment], that the tower looks at before the first step; 0: off."""
     blend: float = 0.5
     """Share of them that are blended with another image."""
+    plain: float = 0.0
+    """Share of the copies that are neither changed nor blended."""
     temperature: float = 1.0
     """Of the tower's probabilities: below 1, what it thinks most probable is drawn more often."""
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -272,7 +274,7 @@ class LookalikeTraining:
 
     def __post_init__(self) -> None:
         at_least("lookalikes", self, 0, "versions")
-        at_least("lookalikes", self, 0, "blend", at_most=1)
+        at_least("lookalikes", self, 0, "blend", "plain", at_most=1)
         at_least("lookalikes", self, 0.01, "temperature")
         if not isinstance(self.labels, dict) or not all(isinstance(column, str) for column in self.labels.values()):
             raise ValueError(f'lookalikes.labels={self.labels}; pass a column for each kind of question, as in {{ name = "caption" }}')

@@ -76,7 +76,10 @@ def find_lookalikes(recipe: Recipe, split: str, images: InMemoryImages, device: 
     for _ in range(settings.versions):
         for start in range(0, len(images), IMAGES_AT_ONCE):
             pixels = images.get(range(start, min(start + IMAGES_AT_ONCE, len(images)))).to(device)
-            changed = _blend(augment(unit_range(pixels), recipe.augment, generator), settings.blend, generator)
+            whole = unit_range(pixels)
+            changed = _blend(augment(whole, recipe.augment, generator), settings.blend, generator)
+            is_plain = torch.rand(len(pixels), generator=generator, device=generator.device) < settings.plain
+            changed = torch.where(is_plain.to(device).view(-1, 1, 1, 1), whole, changed)
             seen = _see(judge, name, tower, changed)
             features.append(seen.to(torch.bfloat16))
             image = judge.heads.embed_features(seen.float())

@@ -14,6 +14,7 @@ from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.data.text import read_captions, read_conversations
 from omnimamba.engine.omnimamba import resolve_device
 from omnimamba.model.weights import locate
+from omnimamba.ops.plain_path import missing_for_kernels
 from omnimamba.train import loop
 from omnimamba.train.config import Recipe, read_recipe
 from omnimamba.train.parallel import ALONE, Processes, joined_processes
@@ -92,6 +93,8 @@ def check_graphs(recipe: Recipe, device: torch.device, num_processes: int) -> No
             "train.graphs=true is for one process with a CUDA device; "
             f"leave it out, for this run has {num_processes} on device {device.type}"
         )
+    if recipe.train.graphs and recipe.train.recompute and (reason := missing_for_kernels()):
+        raise ValueError(f"train.graphs=true goes with train.recompute=true where blocks have kernels: {reason}")
 
 
 def make_objective(recipe: Recipe, device: torch.device, processes: Processes = ALONE) -> loop.Objective:

@@ -105,7 +105,8 @@ class UnderstandingData:
         self.samples: list[UnderstandingSample] = []
         num_too_long = 0
         conversations = of_kinds(read_task_conversations(data, split), data.kinds)
-        repeated = itertools.chain.from_iterable([row] * data.repeat.get(row.kind, 1) for row in conversations)
+        repeat = data.repeat if split == data.train_split else {}
+        repeated = itertools.chain.from_iterable([row] * repeat.get(row.kind, 1) for row in conversations)
         for conversation in (*repeated, *joined(conversations, data.joined, recipe.train.seed)):
             sample = understanding_sample(tok, conversation, limit, is_alignment=data.alignment)
             if sample is None:

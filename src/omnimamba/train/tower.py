@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimamba.config import TowerConfig
-from omnimamba.data.augment import augment, collage, normalise, unit_range
+from omnimamba.data.augment import augment, collage, normalise, turn, unit_range
 from omnimamba.data.collate import pad_right
 from omnimamba.data.images import Images, InMemoryImages, open_parquet_images, read_parquet_rows
 from omnimamba.data.mixture import EpochSampler, step_rng
@@ -109,7 +109,7 @@ class TowerObjective(Objective):
         return len(batch[0])
 
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A batch is three kinds of images: plain, collages, and strongly changed ones, of which only the last are blended."""
+        """A batch is three kinds of images: plain, collages of turned ones, and strongly changed ones; only the last are blended."""
         pixels, targets = batch
         settings, b = self.recipe.tower, len(pixels)
         self.tower.train()
@@ -119,7 +119,8 @@ class TowerObjective(Objective):
         parts = [augment(images[:plain], self.recipe.augment_plain, generator)]
         if plain < first:
             labels = torch.stack([targets[column][plain:first] for column in settings.collage_labels], 1)
-            parts.append(collage(images[plain:first], labels.unique(dim=0, return_inverse=True)[1].to(self.device), generator))
+            groups = labels.unique(dim=0, return_inverse=True)[1].to(self.device)
+            parts.append(collage(turn(images[plain:first], generator), groups, generator))
         changed = augment(images[first:], self.recipe.augment, generator)
         share, other = self._mix(first, b, step)
         embedded = self.tower.embed(torch.cat([*parts, torch.lerp(changed[other[first:] - first], changed, share)]))

@@ -1,9 +1,9 @@
 """Causal depthwise convolution with bias and SiLU, forward and backward; the definition is `omnimamba.ops.conv`.
 
-One program computes a tile of positions x channels. It reads the tile once per tap, the overlaps coming from the cache. The backward pass
-has two kernels: one computes the convolution again instead of storing it and passes dy through the SiLU, the other is the convolution
-the other way round. The weight's gradient is one partial sum per program, which walks over some tiles of a row, so that the result does
-not depend on the order of programs. Sums are fp32, and by the launch table each thread has channels of its own: none crosses threads.
+Forwards a program computes a tile of positions x channels. It reads the tile once per tap, the overlaps coming from the cache. Backwards it
+walks over a span of positions with the newest inputs and gradients in registers: it computes the convolution again instead of storing
+it, passes dy through the SiLU, and finishes an input's gradient when the last output that read it has come by. The gradients of the
+weight are one partial sum per program, so that they do not depend on the order of programs. Sums are fp32.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -15,7 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnimamba.ops.triton.launch import CONV_TILES, launch
+from omnimamba.ops.conv import MAX_WIDTH
+from omnimamba.ops.triton.launch import launch
+
+UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -59,107 +62,125 @@ def forward_kernel(
     tl.store(p_y, b_y.to(dtype), mask=(first + o_r < l)[:, None] & (o_c < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["l"])
-def activation_backward_kernel(
-    x, weight, bias, past, dy, dtotal, partial, stride_b, stride_l, past_b, past_c, past_w, dy_b, dy_l, l,
-    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    SUMS: tl.constexpr,
-):  # fmt: skip
-    """dtotal: [b, l, c], the gradient before the SiLU; partial: [programs, SUMS, c], the sums of w taps and the bias.
+@triton.jit
+def load_past(past, o_c, m_c, back, past_c, past_w, W: tl.constexpr, HAS_PAST: tl.constexpr):
+    """The input `back` positions before the sequence: [columns]."""
+    if HAS_PAST:
+        return tl.load(past + o_c * past_c + (W - back) * past_w, mask=m_c & (back <= W), other=0.0).to(tl.float32)
+    return tl.zeros((o_c.shape[0],), tl.float32)
 
-    TILES: of a program, one after the other.
-    """
-    num_programs = tl.cdiv(l, ROWS * TILES)
-    i_bt = tl.program_id(0).to(tl.int64)
-    i_b = i_bt // num_programs
-    o_r = tl.arange(0, ROWS)
-    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    o_sum = tl.arange(0, SUMS)
-    m_c = o_c < C
-    dtype: tl.constexpr = x.dtype.element_ty
-    p_past = past + i_b * past_b
-    sums = tl.zeros((SUMS, COLUMNS), tl.float32)
-    start = (tl.program_id(0) % num_programs) * (ROWS * TILES)
-    for first in range(start, tl.minimum(start + ROWS * TILES, l), ROWS):
-        mask = (first + o_r < l)[:, None] & m_c[None, :]
-        p_tile = x + i_b * stride_b + tl.cast(first, tl.int64) * stride_l
-        total = tl.zeros((ROWS, COLUMNS), tl.float32) + load_tap(bias, 0, o_c, C)
-        for tap in tl.static_range(W):
-            inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-            total += inputs * load_tap(weight, tap, o_c, C)
-        p_dy = dy + i_b * dy_b + tl.cast(first, tl.int64) * dy_l + o_r[:, None] * dy_l + o_c[None, :]
-        gate = tl.sigmoid(total)
-        b_dtotal = tl.load(p_dy, mask=mask, other=0.0).to(tl.float32) * gate * (1 + total * (1 - gate))
-        for tap in tl.static_range(W):
-            inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-            sums += tl.where(o_sum[:, None] == tap, tl.sum(b_dtotal * inputs, 0)[None, :], 0.0)
-        sums += tl.where(o_sum[:, None] == W, tl.sum(b_dtotal, 0)[None, :], 0.0)
-        tl.store(dtotal + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :], b_dtotal.to(dtype), mask=mask)
-    tl.store(partial + i_bt * SUMS * C + o_sum[:, None] * C + o_c[None, :], sums, mask=(o_sum <= W)[:, None] & m_c[None, :])
+
+@triton.jit
+def load_row(p_first, o_c, m_c, t, l, stride_l):
+    """Position t of a sequence, 0 outside of it: [columns]."""
+    return tl.load(p_first + tl.cast(t, tl.int64) * stride_l + o_c, mask=m_c & (t >= 0) & (t < l), other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["l"])
 def backward_kernel(
-    dtotal, weight, dx, l,
-    C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, past, dy, dx, partial, stride_b, stride_l, past_b, past_c, past_w, dy_b, dy_l, dx_b, dx_l, l,
+    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    num_t = tl.cdiv(l, ROWS)
-    i_b = (tl.program_id(0) // num_t).to(tl.int64)
-    o_t = (tl.program_id(0) % num_t) * ROWS + tl.arange(0, ROWS)
+    """dx: [b, l, c]; partial: [programs, SUMS, c], the sums of MAX_WIDTH taps, 0 where there are fewer, and of the bias."""
+    num_spans = tl.cdiv(l, ROWS)
+    i_bs = tl.program_id(0).to(tl.int64)
+    i_b = i_bs // num_spans
+    first = (tl.program_id(0) % num_spans) * ROWS
+    stop = tl.minimum(first + ROWS, l)
     o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_c = o_c < C
     dtype: tl.constexpr = dx.dtype.element_ty
-    p_dtotal = dtotal + i_b * l * C + o_c[None, :]
-    b_dx = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tap in tl.static_range(W):  # input t has a part in the outputs t to t + w - 1
-        o_out = o_t + (W - 1 - tap)
-        b_dtotal = tl.load(p_dtotal + o_out[:, None] * C, mask=(o_out < l)[:, None] & (o_c < C)[None, :], other=0.0).to(tl.float32)
-        b_dx += b_dtotal * load_tap(weight, tap, o_c, C)
-    tl.store(dx + i_b * l * C + o_t[:, None] * C + o_c[None, :], b_dx.to(dtype), mask=(o_t < l)[:, None] & (o_c < C)[None, :])
+    p_x = x + i_b * stride_b
+    p_dy = dy + i_b * dy_b
+    p_past = past + i_b * past_b
+    w3 = tl.load(weight + (W - 1) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    w2 = tl.load(weight + (W - 2) * C + o_c, mask=m_c & (W > 1), other=0.0).to(tl.float32)
+    w1 = tl.load(weight + (W - 3) * C + o_c, mask=m_c & (W > 2), other=0.0).to(tl.float32)
+    w0 = tl.load(weight + (W - 4) * C + o_c, mask=m_c & (W > 3), other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    x1 = load_row(p_x, o_c, m_c, first - 1, l, stride_l)
+    x2 = load_row(p_x, o_c, m_c, first - 2, l, stride_l)
+    x3 = load_row(p_x, o_c, m_c, first - 3, l, stride_l)
+    if first == 0:
+        x1 += load_past(p_past, o_c, m_c, 1, past_c, past_w, W, HAS_PAST)
+        x2 += load_past(p_past, o_c, m_c, 2, past_c, past_w, W, HAS_PAST)
+        x3 += load_past(p_past, o_c, m_c, 3, past_c, past_w, W, HAS_PAST)
+    d1 = tl.zeros((COLUMNS,), tl.float32)
+    d2, d3, sum0, sum1, sum2, sum3, sum_bias = d1, d1, d1, d1, d1, d1, d1
+    for t in tl.range(first, stop + 3, loop_unroll_factor=UNROLL):
+        x0 = load_row(p_x, o_c, m_c, t, l, stride_l)
+        b_dy = load_row(p_dy, o_c, m_c, t, l, dy_l)
+        total = b_bias + w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3
+        gate = tl.sigmoid(total)
+        d0 = b_dy * gate * (1 + total * (1 - gate))  # the gradient before the SiLU
+        own = tl.where(t < stop, d0, 0.0)
+        sum3 += own * x0
+        sum2 += own * x1
+        sum1 += own * x2
+        sum0 += own * x3
+        sum_bias += own
+        b_dx = d3 * w3 + d2 * w2 + d1 * w1 + d0 * w0  # input t - 3 has a part in the outputs t - 3 to t
+        tl.store(dx + i_b * dx_b + tl.cast(t - 3, tl.int64) * dx_l + o_c, b_dx.to(dtype), mask=m_c & (t - 3 >= first))
+        x3, x2, x1 = x2, x1, x0
+        d3, d2, d1 = d2, d1, d0
+    p_partial = partial + i_bs * SUMS * C + o_c
+    tl.store(p_partial, sum0, mask=m_c)
+    tl.store(p_partial + C, sum1, mask=m_c)
+    tl.store(p_partial + 2 * C, sum2, mask=m_c)
+    tl.store(p_partial + 3 * C, sum3, mask=m_c)
+    tl.store(p_partial + 4 * C, sum_bias, mask=m_c)
+
+
+def conv_forward(x: Tensor, taps: Tensor, bias: Tensor, past: Tensor | None = None) -> Tensor:
+    """silu(conv(x) + bias) [b, l, c]. x: [b, l, c], dense in c; taps: [w, c]; bias: [c]; past: [b, c, w], all in x's dtype."""
+    b, l, c = x.shape
+    y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
+    state, *state_strides = past_arguments(x, past)
+    choice = launch("conv_forward", c)
+    forward_kernel[b * triton.cdiv(l, choice.rows), triton.cdiv(c, choice.columns)](
+        x, taps, bias, state, y, *x.stride()[:2], *state_strides, l,
+        C=c, W=taps.shape[0], HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns,
+        num_warps=choice.num_warps, num_stages=choice.num_stages,
+    )  # fmt: skip
+    return y
+
+
+def conv_backward(x: Tensor, taps: Tensor, bias: Tensor, past: Tensor | None, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of taps [w, c] and bias [c] in fp32; that of x goes to `dx`. dy, dx: [b, l, c], dense in c; the rest as before."""
+    b, l, c = x.shape
+    w = taps.shape[0]
+    state, *state_strides = past_arguments(x, past)
+    choice = launch("conv_backward", c)
+    programs = b * triton.cdiv(l, choice.rows)
+    partial = torch.empty((programs, MAX_WIDTH + 1, c), dtype=torch.float32, device=x.device)
+    backward_kernel[programs, triton.cdiv(c, choice.columns)](
+        x, taps, bias, state, dy, dx, partial, *x.stride()[:2], *state_strides, *dy.stride()[:2], *dx.stride()[:2], l,
+        C=c, W=w, HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns, SUMS=MAX_WIDTH + 1,
+        num_warps=choice.num_warps, num_stages=choice.num_stages,
+    )  # fmt: skip
+    sums = partial.sum(0)
+    return sums[MAX_WIDTH - w : MAX_WIDTH], sums[MAX_WIDTH]
 
 
 class CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None) -> Tensor:
-        b, l, c = x.shape
-        w = weight.shape[1]
         x = x if x.stride(2) == 1 else x.contiguous()
         taps, rounded_bias = weight.to(x.dtype).T.contiguous(), bias.to(x.dtype)
-        y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
-        state, *state_strides = past_arguments(x, past)
-        choice = launch("conv_forward", c)
-        forward_kernel[b * triton.cdiv(l, choice.rows), triton.cdiv(c, choice.columns)](
-            x, taps, rounded_bias, state, y, *x.stride()[:2], *state_strides, l,
-            C=c, W=w, HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns,
-            num_warps=choice.num_warps, num_stages=choice.num_stages,
-        )  # fmt: skip
         ctx.save_for_backward(x, taps, rounded_bias, past)
         ctx.dtypes = weight.dtype, bias.dtype
-        return y
+        return conv_forward(x, taps, rounded_bias, past)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, taps, bias, past = ctx.saved_tensors
-        b, l, c = x.shape
-        w = taps.shape[0]
         dy = dy if dy.stride(2) == 1 else dy.contiguous()
-        state, *state_strides = past_arguments(x, past)
-        choice = launch("conv_backward", c)
-        columns = triton.cdiv(c, choice.columns)
-        common = {"C": c, "W": w, "ROWS": choice.rows, "COLUMNS": choice.columns}
-        common |= {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
-        dtotal, dx = torch.empty((2, b, l, c), dtype=x.dtype, device=x.device)
-        programs = b * triton.cdiv(l, choice.rows * CONV_TILES)
-        partial = torch.empty((programs, triton.next_power_of_2(w + 1), c), dtype=torch.float32, device=x.device)
-        activation_backward_kernel[programs, columns](
-            x, taps, bias, state, dy, dtotal, partial, *x.stride()[:2], *state_strides, *dy.stride()[:2], l,
-            HAS_PAST=past is not None, TILES=CONV_TILES, SUMS=partial.shape[1], **common,
-        )  # fmt: skip
-        backward_kernel[b * triton.cdiv(l, choice.rows), columns](dtotal, taps, dx, l, **common)
-        sums = partial[:, : w + 1].sum(0)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dtaps, dbias = conv_backward(x, taps, bias, past, dy, dx)
         dpast = past_gradient(x, taps, bias, past, dy) if ctx.needs_input_grad[3] else None
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx, sums[:w].T.to(weight_dtype).contiguous(), sums[w].to(bias_dtype), dpast
+        return dx, dtaps.T.to(weight_dtype).contiguous(), dbias.to(bias_dtype), dpast
 
 
 def past_arguments(x: Tensor, past: Tensor | None) -> tuple[Tensor, int, int, int]:

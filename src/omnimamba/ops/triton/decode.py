@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from omnimamba.ops.triton.launch import launch
+from omnimamba.ops.triton.launch import dot_dtype, launch, tile
 
 try:
     from triton.language.extra import cuda as gdc
@@ -301,12 +301,37 @@ def mix_kernel(
 
 
 @triton.jit
+def matrix_kernel(
+    x, weight, out, num_out,
+    NUM_ROWS: tl.constexpr, K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out: [SPLITS, b, n] fp32, whose sum over the first axis is x @ weight.T: each program multiplies its part of the columns."""
+    start(PDL)
+    o_m = tl.arange(0, TILE_M)
+    o_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    o_k = tl.program_id(1) * (K // SPLITS) + tl.arange(0, TILE_K)
+    m_m = (o_m < NUM_ROWS)[:, None]
+    m_n = o_n < num_out
+    p_x = x + o_m[:, None] * K + o_k[None, :]
+    p_weight = weight + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    b_out = tl.zeros((TILE_M, TILE_N), tl.float32)
+    wait(PDL)
+    for k in tl.range(0, K // SPLITS, TILE_K, num_stages=STAGES):
+        b_x = tl.load(p_x + k, mask=m_m, other=0.0).to(DOT)
+        b_weight = tl.load(p_weight + k, mask=m_n[:, None], other=0.0).to(DOT)
+        b_out = tl.dot(b_x, tl.trans(b_weight), b_out, input_precision="ieee")
+    p_out = out + (tl.program_id(1) * NUM_ROWS + o_m)[:, None] * num_out + o_n[None, :]
+    tl.store(p_out, b_out, mask=m_m & m_n[None, :])
+
+
+@triton.jit
 def norm_kernel(
     x, addend, weight, out, eps, conv, slots, newest, shift_first, conv_slot, newest_row,
-    K: tl.constexpr, TILE_K: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    K: tl.constexpr, TILE_K: tl.constexpr, NUM_ADDENDS: tl.constexpr,
     SHIFT: tl.constexpr, W: tl.constexpr, TILE_C: tl.constexpr, TAPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = rms_norm(x), one row per program; with an addend x becomes x + addend first."""
+    """out = rms_norm(x), one row per program; x gains NUM_ADDENDS addends first."""
     start(PDL)
     i_row = tl.program_id(0)
     o_k = tl.arange(0, TILE_K)
@@ -315,8 +340,9 @@ def norm_kernel(
     wait(PDL)
     p_x = x + i_row * K + o_k
     b_x = tl.load(p_x, mask=m_k, other=0.0).to(tl.float32)
-    if HAS_ADDEND:
-        b_x += tl.load(addend + i_row * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if NUM_ADDENDS:
+        for i in tl.static_range(NUM_ADDENDS):
+            b_x += tl.load(addend + (i * tl.num_programs(0) + i_row) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
         tl.store(p_x, b_x, mask=m_k)
     b_out = b_x * (1 / tl.sqrt(tl.sum(b_x * b_x, 0) / K + eps)) * b_weight
     tl.store(out + i_row * K + o_k, b_out.to(out.dtype.element_ty), mask=m_k)
@@ -420,7 +446,7 @@ def mix(
     """
     h, p, n = ssm.shape[1:]
     b, w = slots.shape[0], conv.shape[2]
-    choice = launch("decode_mix", b)
+    choice = launch("decode_mix" if ssm.dtype == torch.float32 else "decode_mix_half", b, ssm.device)
     tile_p = min(choice.rows, triton.next_power_of_2(p))
     grid = (h * triton.cdiv(p, tile_p), b)
     with torch.cuda.device_of(ssm):
@@ -430,6 +456,29 @@ def mix(
             TILE_R=triton.next_power_of_2(lora.rank), TAPS=triton.next_power_of_2(w), PDL=pdl,
             num_warps=choice.num_warps, num_stages=choice.num_stages, **({"launch_pdl": True} if pdl else {}),
             **({"maxnreg": choice.max_registers} if choice.max_registers else {}),
+        )  # fmt: skip
+
+
+def matrix_parts(k: int) -> tuple[int, int]:
+    """How many parts of the k columns `multiply_parts` multiplies by themselves, and in tiles of how many; no part if it cannot."""
+    choices = ((splits, k // splits) for splits in (4, 2, 1) if k % splits == 0)
+    tiles = ((splits, min(launch("decode_matrix", k).columns, part & -part)) for splits, part in choices)  # whole tiles, powers of two
+    return next(((splits, tile_k) for splits, tile_k in tiles if tile_k >= 16), (0, 0))
+
+
+def multiply_parts(x: Tensor, weight: Tensor, out: Tensor, *, pdl: bool = False) -> None:
+    """out [parts, b, n] fp32, as many as `matrix_parts`, whose sum is x @ weight.T. x: [b, k] of few rows; weight: [n, k].
+
+    cuBLAS leaves half of the memory's rate unused where both rows and outputs are few.
+    """
+    b, k = x.shape
+    n = weight.shape[0]
+    splits, tile_k = matrix_parts(k)
+    choice = launch("decode_matrix", k)
+    with torch.cuda.device_of(x):
+        matrix_kernel[(triton.cdiv(n, choice.rows), splits)](
+            x, weight, out, n, NUM_ROWS=b, K=k, TILE_M=tile(b), TILE_N=choice.rows, TILE_K=tile_k, SPLITS=splits,
+            STAGES=choice.num_stages, DOT=dot_dtype(x.dtype), PDL=pdl, num_warps=choice.num_warps, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
 
 
@@ -443,14 +492,15 @@ def norm(
     shift: Shift | None = None,
     pdl: bool = False,
 ) -> None:
-    """out = rms_norm(x); with an addend, x gains it first, in place. x, addend, out: [b, k]."""
+    """out = rms_norm(x); with an addend, or a stack of them, x gains it first, in place. x, out: [b, k]; addend: [b, k] or [a, b, k]."""
     b, k = x.shape
     pointers, shift_sizes = shift_arguments(shift, out)
     choice = launch("decode_norm", k)
     with torch.cuda.device_of(x):
         norm_kernel[(b,)](
             x, out if addend is None else addend, weight, out, eps, *pointers, K=k, TILE_K=triton.next_power_of_2(k),
-            HAS_ADDEND=addend is not None, **shift_sizes, PDL=pdl, num_warps=choice.num_warps, num_stages=choice.num_stages,
+            NUM_ADDENDS=0 if addend is None else addend.numel() // x.numel(), **shift_sizes,
+            PDL=pdl, num_warps=choice.num_warps, num_stages=choice.num_stages,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
 

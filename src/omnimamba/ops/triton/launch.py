@@ -24,9 +24,9 @@ class Launch(NamedTuple):
 
 # Kernel: (largest width, choice), the first row that is wide enough counts. The width is what the caller of `launch` passes.
 LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
-    # width: channels; 16 bytes of a row for each thread
+    # width: channels; 16 bytes of a row for each thread; backwards the rows are walked over one after the other
     "conv_forward": ((torch.inf, Launch(4, 256, num_warps=1, num_stages=1)),),
-    "conv_backward": ((torch.inf, Launch(4, 256, num_warps=1, num_stages=1)),),
+    "conv_backward": ((torch.inf, Launch(128, 256, num_warps=1, num_stages=1)),),
     # width: channels of one group; the rows are those of a tile of about 4096 numbers
     "norm_forward": (
         (256, Launch(16, 0, num_warps=4, num_stages=1)),
@@ -47,8 +47,13 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
         (64, Launch(64, 0, num_warps=4, num_stages=2)),
         (torch.inf, Launch(32, 0, num_warps=4, num_stages=2)),
     ),
-    "ssd_states": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=3)),),  # its rows are those of the backward kernel
-    "ssd_backward": ((torch.inf, Launch(32, 0, num_warps=4, num_stages=1)),),
+    "ssd_spans": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=3)),),  # its rows are those of the forward kernel
+    # backwards: the rows of the first are those of all three
+    "ssd_backward": ((torch.inf, Launch(64, 0, num_warps=4, num_stages=1, max_registers=168)),),
+    "ssd_backward_states": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=3, max_registers=128)),),
+    "ssd_backward_weights": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=2)),),
+    # the columns are numbers of one run; a program has four
+    "dropout": ((torch.inf, Launch(1, 1024, num_warps=4, num_stages=1)),),
     # width: channels; the rows are positions of step sizes, the columns channels of conv states
     "prefill_ends": ((torch.inf, Launch(32, 256, num_warps=4, num_stages=1)),),
     # width: channels of the residual stream
@@ -65,8 +70,15 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
         (2048, Launch(16, 0, num_warps=8, num_stages=1)),
         (torch.inf, Launch(8, 0, num_warps=8, num_stages=1)),
     ),
-    # width: rows of the batch; its rows are channels of a head
+    # width: input channels; the rows are outputs, the columns inputs of a tile
+    "decode_matrix": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=4)),),
+    # width: rows of the batch; its rows are channels of a head; states in fp32, and in half precision
     "decode_mix": (
+        (2, Launch(32, 0, num_warps=4, num_stages=1)),
+        (8, Launch(16, 0, num_warps=4, num_stages=1)),
+        (torch.inf, Launch(64, 0, num_warps=4, num_stages=1, max_registers=168)),
+    ),
+    "decode_mix_half": (
         (2, Launch(32, 0, num_warps=4, num_stages=1)),
         (8, Launch(16, 0, num_warps=4, num_stages=1)),
         (torch.inf, Launch(64, 0, num_warps=4, num_stages=1, max_registers=168)),
@@ -75,8 +87,10 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     "decode_sample": ((torch.inf, Launch(1, 1024, num_warps=4, num_stages=1)),),  # width: vocabulary; columns: tokens of one program
     # fp32 products run on the FMA units, whose operands are in registers too
     "ssd_forward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
-    "ssd_states_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),
+    "ssd_spans_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),
     "ssd_backward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
+    "ssd_backward_states_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),
+    "ssd_backward_weights_fp32": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=1)),),
 }
 
 # The kernels for which other choices than those above are faster on a card, by the name that CUDA gives it.
@@ -85,6 +99,11 @@ CARD_LAUNCHES: dict[str, dict[str, tuple[tuple[float, Launch], ...]]] = {
         "decode_project_8bit": (
             (2048, Launch(16, 0, num_warps=4, num_stages=1)),
             (torch.inf, Launch(8, 0, num_warps=8, num_stages=1)),
+        ),
+        "decode_mix": (
+            (2, Launch(64, 0, num_warps=4, num_stages=1)),
+            (8, Launch(16, 0, num_warps=4, num_stages=1)),
+            (torch.inf, Launch(32, 0, num_warps=4, num_stages=1, max_registers=96)),
         ),
     },
 }
@@ -96,8 +115,6 @@ FULL_GRID = 264
 SPAN_GRID = 2 * FULL_GRID
 SPAN_POSITIONS = 128
 MIN_SPANS = 4
-# Tiles of a program of the convolution's backward; each holds one partial sum of the weight's gradient.
-CONV_TILES = 16
 # Programs of the norm's backward; each holds one partial sum of the weight's gradient.
 NORM_PROGRAMS = 528
 

@@ -5,7 +5,7 @@ du = r * (w * do - u * r^2 * mean(w * do * u)). The backward pass computes r aga
 rows with one partial sum of the weight's gradient, so that the result does not depend on the order of programs.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 # The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
 
 from typing import Any
@@ -41,10 +41,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
-    y, y_row, z, z_row, weight, dout, dy, dz, partial, dout_row, num_rows, eps,
-    GATED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    y, y_row, z, z_row, weight, dout, addend, dy, dz, partial, dout_row, dz_row, num_rows, eps,
+    GATED: tl.constexpr, HAS_ADDEND: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """partial: [programs, g * d], the program's sums of the weight's gradient."""
+    """partial: [programs, g * d], the program's sums of the weight's gradient; addend: [rows, g * d], what dy gains."""
     o_d = tl.arange(0, COLUMNS)
     first = tl.program_id(1) * D
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
@@ -65,10 +65,52 @@ def backward_kernel(
         du = r[:, None] * (b_dout * w - u * (along * r * r)[:, None])
         o_out = o_row[:, None] * (G * D) + (first + o_d)[None, :]
         if GATED:
-            tl.store(dz + o_out, (du * b_y * gate * (1 + b_z * (1 - gate))).to(dz.dtype.element_ty), mask=mask)
+            b_dz = du * b_y * gate * (1 + b_z * (1 - gate))
+            tl.store(dz + o_row[:, None] * dz_row + (first + o_d)[None, :], b_dz.to(dz.dtype.element_ty), mask=mask)
             du *= b_z * gate
+        if HAS_ADDEND:
+            du += tl.load(addend + o_out, mask=mask, other=0.0).to(tl.float32)
         tl.store(dy + o_out, du.to(dy.dtype.element_ty), mask=mask)
     tl.store(partial + tl.program_id(0) * (G * D) + first + o_d, tl.sum(dweight, 0), mask=o_d < D)
+
+
+def norm_forward(rows: Tensor, gates: Tensor | None, weight: Tensor, eps: float, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """The norm [rows, d] in `dtype`. rows, gates: [rows, d], dense in d; gates None: there is no gate."""
+    num_rows, d = rows.shape
+    out = torch.empty((num_rows, d), dtype=dtype, device=rows.device)
+    choice = launch("norm_forward", d // num_groups)
+    forward_kernel[triton.cdiv(num_rows, choice.rows), num_groups](
+        rows, *gate_arguments(rows, gates), weight, out, num_rows, eps, **sizes(d, num_groups, gates is not None, choice)
+    )  # fmt: skip
+    return out
+
+
+def norm_backward(
+    rows: Tensor,
+    gates: Tensor | None,
+    weight: Tensor,
+    dout: Tensor,
+    eps: float,
+    num_groups: int,
+    *,
+    dgates: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows [rows, d], in their dtype, and of the weight [d], in fp32; that of the gates goes to `dgates` [rows, d].
+
+    dout: [rows, d], dense in d, as dgates; addend: [rows, d], contiguous, what the rows' gradient gains.
+    """
+    num_rows, d = rows.shape
+    drows = torch.empty((num_rows, d), dtype=rows.dtype, device=rows.device)
+    choice = launch("norm_backward", d // num_groups)
+    programs = min(NORM_PROGRAMS, triton.cdiv(num_rows, choice.rows))
+    partial = torch.empty((programs, d), dtype=torch.float32, device=rows.device)
+    backward_kernel[programs, num_groups](
+        rows, *gate_arguments(rows, gates), weight, dout, drows if addend is None else addend, drows, drows if dgates is None else dgates,
+        partial, dout.stride(0), 0 if dgates is None else dgates.stride(0), num_rows, eps,
+        HAS_ADDEND=addend is not None, **sizes(d, num_groups, gates is not None, choice),
+    )  # fmt: skip
+    return drows, partial.sum(0)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -76,34 +118,18 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, num_groups: int, dtype: torch.dtype) -> Tensor:
-        rows = as_rows(y)
-        gates = None if z is None else as_rows(z)
-        num_rows, d = rows.shape
-        out = torch.empty((num_rows, d), dtype=dtype, device=y.device)
-        choice = launch("norm_forward", d // num_groups)
-        forward_kernel[triton.cdiv(num_rows, choice.rows), num_groups](
-            rows, *gate_arguments(rows, gates), weight, out, num_rows, eps, **sizes(d, num_groups, gates is not None, choice)
-        )  # fmt: skip
+        rows, gates = as_rows(y), None if z is None else as_rows(z)
         ctx.save_for_backward(rows, gates, weight)
         ctx.eps, ctx.num_groups, ctx.shape = eps, num_groups, y.shape
-        return out.view(y.shape)
+        return norm_forward(rows, gates, weight, eps, num_groups, dtype).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
         rows, gates, weight = ctx.saved_tensors
-        num_rows, d = rows.shape
-        dout = as_rows(dout)
-        dy = torch.empty((num_rows, d), dtype=rows.dtype, device=rows.device)
-        dz = None if gates is None else torch.empty((num_rows, d), dtype=gates.dtype, device=rows.device)
-        choice = launch("norm_backward", d // ctx.num_groups)
-        programs = min(NORM_PROGRAMS, triton.cdiv(num_rows, choice.rows))
-        partial = torch.empty((programs, d), dtype=torch.float32, device=rows.device)
-        backward_kernel[programs, ctx.num_groups](
-            rows, *gate_arguments(rows, gates), weight, dout, dy, dy if dz is None else dz, partial, dout.stride(0), num_rows, ctx.eps,
-            **sizes(d, ctx.num_groups, gates is not None, choice),
-        )  # fmt: skip
-        return dy.view(ctx.shape), None if dz is None else dz.view(ctx.shape), partial.sum(0).to(weight.dtype), None, None, None
+        dz = None if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=rows.device)
+        dy, dweight = norm_backward(rows, gates, weight, as_rows(dout), ctx.eps, ctx.num_groups, dgates=dz)
+        return dy.view(ctx.shape), None if dz is None else dz.view(ctx.shape), dweight.to(weight.dtype), None, None, None
 
 
 def gate_arguments(rows: Tensor, gates: Tensor | None) -> tuple[int, Tensor, int]:

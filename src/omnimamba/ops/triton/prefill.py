@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from omnimamba.ops.norm import output_dtype
-from omnimamba.ops.triton.conv import CausalConv1d
+from omnimamba.ops.triton.conv import conv_forward
 from omnimamba.ops.triton.decode import log1p
 from omnimamba.ops.triton.launch import launch
 
@@ -77,6 +77,19 @@ def ends_kernel(
         last_inputs(x + i_b * x_b, state + i_b * state_b, (i - num_t) * COLUMNS, length, x_l, state_c, state_w, C, W, COLUMNS, TAPS)
 
 
+def positive_steps(dt: Tensor, dt_bias: Tensor, lengths: Tensor | None) -> Tensor:
+    """softplus(dt + dt_bias) [b, l, h] in fp32, 0 in padding. dt: [b, l, h], dense in h; dt_bias: [h] fp32; lengths: [b]."""
+    b, l, h = dt.shape
+    choice = launch("prefill_ends", h)
+    sizes = torch.empty((b, l, h), dtype=torch.float32, device=dt.device)
+    ends_kernel[triton.cdiv(l, choice.rows), b](
+        dt, dt, dt, dt_bias, sizes, sizes if lengths is None else lengths, 0, 0, 0, 0, 0, *dt.stride()[:2], l,
+        C=1, W=1, H=h, HAS_LENGTHS=lengths is not None, ROWS=choice.rows, COLUMNS=choice.columns,
+        TILE_H=triton.next_power_of_2(h), TAPS=1, num_warps=choice.num_warps, num_stages=choice.num_stages,
+    )  # fmt: skip
+    return sizes
+
+
 def scan_inputs(
     xBC: Tensor, dt: Tensor, *, weight: Tensor, bias: Tensor, dt_bias: Tensor, conv_state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +99,7 @@ def scan_inputs(
     choice = launch("prefill_ends", c)
     sizes = torch.empty((b, l, h), dtype=torch.float32, device=dt.device)
     with torch.cuda.device_of(xBC):
-        y = CausalConv1d.apply(xBC, weight, bias, conv_state.to(xBC.dtype))
+        y = conv_forward(xBC, weight.to(xBC.dtype).T.contiguous(), bias.to(xBC.dtype), conv_state.to(xBC.dtype))
         ends_kernel[triton.cdiv(l, choice.rows) + triton.cdiv(c, choice.columns), b](
             xBC, conv_state, dt, dt_bias, sizes, sizes if lengths is None else lengths, *xBC.stride()[:2], *conv_state.stride(),
             *dt.stride()[:2], l,

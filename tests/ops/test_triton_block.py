@@ -1,0 +1,150 @@
+"""A whole block as one operator against the block composed of plain operators: outputs, and the gradients of what trains."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from omnimamba.config import PRESETS, Task
+from omnimamba.model.mamba2 import Mamba2Block
+from omnimamba.ops import block as ops
+from omnimamba.ops.triton import block as kernel
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+TINY = PRESETS["tiny"]
+
+
+def block_of(device, *, rank=4, dropout=0.0, **sizes):
+    torch.manual_seed(0)
+    lora = dataclasses.replace(TINY.lora, rank=rank, dropout=dropout)
+    block = Mamba2Block(dataclasses.replace(TINY.backbone, **sizes), lora).train()
+    for parameter in block.parameters():  # B of LoRA is 0, norms are 1
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() == 2 else parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return block.to(device)
+
+
+def learn(block, residual, task=Task.MMU, **options):
+    """The output and the gradients of the residual stream and of all parameters that train."""
+    residual = residual.detach().requires_grad_()
+    out = block(residual, task, **options)
+    trained = {name: p for name, p in block.named_parameters() if p.requires_grad} | {"residual": residual}
+    way = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
+    grads = torch.autograd.grad(out, list(trained.values()), way, allow_unused=True)
+    return {"out": out} | dict(zip(trained, grads, strict=True))
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """Switches between the operator and the composition; counts the operator's calls."""
+    calls = []
+    apply = kernel.Block.apply
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return apply(*arguments)
+
+    monkeypatch.setattr(kernel.Block, "apply", counted)
+
+    def switch(is_whole):
+        monkeypatch.setattr(ops, "runs_kernel", lambda x: is_whole)
+        monkeypatch.setattr("omnimamba.ops.conv.runs_kernel", lambda x: False)
+        monkeypatch.setattr("omnimamba.ops.norm.runs_kernel", lambda x: False)
+        monkeypatch.setattr("omnimamba.ops.ssd.runs_kernel", lambda x: False)
+        return calls
+
+    return switch
+
+
+def assert_equal_gradients(found, expected, tolerance=3e-5):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            assert found[name].dtype == value.dtype, name
+            error = (found[name] - value).abs().max() / value.abs().max()
+            assert error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lengths", [None, [35, 7]])
+def test_gradients(kernel_device, whole, lengths, recompute):
+    block, residual = block_of(kernel_device), torch.randn(2, 35, TINY.backbone.d_model, device=kernel_device)
+    given = None if lengths is None else torch.tensor(lengths, device=kernel_device)
+    expected = learn(block, residual, lengths=given) if not whole(False) else None
+    calls = whole(True)
+    found = learn(block, residual, lengths=given, recompute=recompute)
+    assert len(calls) == 1
+    assert_equal_gradients(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes", "frozen"),
+    [
+        (Task.T2I, {}, ("in_proj.weight", "out_proj", "conv1d", "norm", "dt_bias", "A_log", "mixer.D")),  # LoRA alone
+        (Task.T2I, {}, ("lora",)),
+        (None, {}, ()),
+        (Task.MMU, {"rank": 0}, ("out_proj",)),
+        (Task.MMU, {"ngroups": 2}, ()),
+        (Task.MMU, {}, ("",)),  # only the residual stream
+    ],
+)
+def test_what_trains(kernel_device, whole, task, sizes, frozen):
+    block, residual = block_of(kernel_device, **sizes), torch.randn(1, 5, TINY.backbone.d_model, device=kernel_device)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    whole(False)
+    expected = learn(block, residual, task)
+    assert len(whole(True)) == 0
+    assert_equal_gradients(learn(block, residual, task, recompute=True), expected)
+
+
+def test_under_autocast(kernel_device, whole):
+    """The dtypes of the composition, and errors against fp32 not much above its errors."""
+    block, residual = block_of(kernel_device), torch.randn(2, 20, TINY.backbone.d_model, device=kernel_device)
+    results = {}
+    for path, is_whole, is_bf16 in (("whole", True, True), ("composed", False, True), ("fp32", False, False)):
+        whole(is_whole)
+        with torch.autocast(kernel_device, torch.bfloat16, enabled=is_bf16):
+            results[path] = learn(block, residual, recompute=True)
+    for name, expected in results["fp32"].items():
+        found, composed = results["whole"][name], results["composed"][name]
+        if expected is not None:
+            assert found.dtype == composed.dtype, name
+            error, other = ((m.double() - expected.double()).norm() for m in (found, composed))
+            assert error <= 1.5 * other + 2e-3 * expected.double().norm(), f"{name}: {error}, composed {other}"
+
+
+def test_dropout_is_the_same_backwards(kernel_device, whole, monkeypatch):
+    block, residual = block_of(kernel_device, dropout=0.3), torch.randn(2, 20, TINY.backbone.d_model, device=kernel_device)
+    seed = torch.full((1,), 2**40 + 5, device=kernel_device)
+    monkeypatch.setattr(torch, "randint", lambda *size, device: seed)
+    dropped = []
+
+    def same_dropout(u, p, training=True):
+        keep = kernel.dropout(torch.ones_like(u).view(-1, u.shape[-1]), seed, p).view(u.shape)
+        dropped.append((keep == 0).float().mean())
+        return u * keep
+
+    monkeypatch.setattr(F, "dropout", same_dropout)
+    whole(False)
+    expected = learn(block, residual)
+    assert 0.25 < dropped[0] < 0.35
+    for recompute in (False, True):
+        whole(True)
+        assert_equal_gradients(learn(block, residual, recompute=recompute), expected)
+
+
+@pytest.mark.parametrize("num", [1, 255, 4097, 70_000])
+def test_dropout(kernel_device, num):
+    x = torch.full((num,), 3.0, device=kernel_device)
+    seeds = [torch.tensor([seed], device=kernel_device) for seed in (1, 2)]
+    a, again, b = (kernel.dropout(x, seed, 0.25) for seed in (seeds[0], seeds[0], seeds[1]))
+    assert torch.equal(a, again)
+    assert set(a.unique().tolist()) <= {0.0, 4.0}
+    if num > 4000:
+        assert 0.23 < (a == 0).float().mean() < 0.27
+        assert 0.3 < (a != b).float().mean() < 0.45  # 2 * 0.25 * 0.75
+    assert torch.equal(kernel.dropout(x, seeds[0], 0.0), x)
