@@ -44,7 +44,7 @@ class Compiled:
     """Stands in for a kernel and compiles it for the arguments of each launch."""
 
     def __init__(self, kernel, folder) -> None:
-        self.kernel, self.folder, self.spilled = kernel, folder, []
+        self.kernel, self.folder, self.spilled, self.code = kernel, folder, [], ""
 
     def __getitem__(self, grid):
         return self.compile
@@ -65,6 +65,7 @@ class Compiled:
         options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert compiled.metadata.shared <= SHARED_MEMORY
+        self.code = compiled.asm["ttir"]
         ptx = self.folder / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         command = [PTXAS, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(self.folder / "kernel.cubin")]
@@ -132,6 +133,16 @@ def test_prefill_of_1_3b(kernels, monkeypatch, tmp_path, lengths):
     residual, addend = torch.empty(1, 760, 2048), torch.empty(1, 760, 2048, dtype=bf16)
     prefill.add_rms_norm(residual, None if lengths is None else addend, torch.empty(2048, dtype=bf16), 1e-5)
     assert prefill.ends_kernel.spilled == prefill.add_norm_kernel.spilled == [0]
+
+
+def test_what_the_convolution_carries_along(monkeypatch, tmp_path):
+    """Three inputs, three gradients and five sums. The interpreter would not show it if the compiler took one of them for constant."""
+    kernel = Compiled(conv.backward_kernel, tmp_path)
+    monkeypatch.setattr(conv, "backward_kernel", kernel)
+    x = torch.empty(2, 35, 64)
+    conv.conv_backward(x, torch.empty(4, 64), torch.empty(64), None, x, torch.empty(2, 35, 64))
+    loops = [line for line in kernel.code.splitlines() if "scf.for" in line]
+    assert loops and all(line.count(" = %") - 1 == 11 for line in loops), loops
 
 
 def test_dropout(monkeypatch, tmp_path):

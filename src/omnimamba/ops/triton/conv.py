@@ -105,8 +105,9 @@ def backward_kernel(
         x1 += load_past(p_past, o_c, m_c, 1, past_c, past_w, W, HAS_PAST)
         x2 += load_past(p_past, o_c, m_c, 2, past_c, past_w, W, HAS_PAST)
         x3 += load_past(p_past, o_c, m_c, 3, past_c, past_w, W, HAS_PAST)
-    d1 = tl.zeros((COLUMNS,), tl.float32)
-    d2, d3, sum0, sum1, sum2, sum3, sum_bias = d1, d1, d1, d1, d1, d1, d1
+    # each a value of its own: of names for one value, the compiler does not see that a loop which passes them on changes them
+    d1, d2, d3 = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    sum0, sum1, sum2, sum3, sum_bias = d1, d1, d1, d1, d1
     for t in tl.range(first, stop + 3, loop_unroll_factor=UNROLL):
         x0 = load_row(p_x, o_c, m_c, t, l, stride_l)
         b_dy = load_row(p_dy, o_c, m_c, t, l, dy_l)
