@@ -149,7 +149,7 @@ def sweep(shape: dict[str, int], dtype: torch.dtype, device: str, repeats: int) 
     tensors, paths = next((tensors, paths) for op, tensors, paths in cases(shape, dtype, device) if op == "ssd_chunk_scan")
     expected = paths["kernel"](**tensors).float()
     for rows, warps, stages in SCAN_TILES:
-        for name in ("ssd_forward", "ssd_states"):
+        for name in ("ssd_forward", "ssd_spans"):
             LAUNCHES[name if dtype == torch.bfloat16 else f"{name}_fp32"] = ((torch.inf, Launch(rows, 0, warps, stages)),)
         for spans in SCAN_SPANS:
 
@@ -189,17 +189,17 @@ def main() -> int:
     if arguments.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     shapes = INTERPRETED if arguments.interpret else {name: SHAPES[name] for name in arguments.shapes}
-    from omnimamba.ops.triton import ssd as ssd_kernel
+    from omnimamba.ops.triton import ssd, ssd_tiles
 
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     failures = []
-    full_grid = ssd_kernel.FULL_GRID
-    for ssd_kernel.FULL_GRID in (full_grid, 1):  # few rows are split over more programs than the batch that is timed: check both ways
+    full_grid = ssd_tiles.FULL_GRID
+    for ssd_tiles.FULL_GRID in (full_grid, 1):  # few rows are split over more programs than the batch that is timed: check both ways
         for shape, sizes in shapes.items():
             for op, tensors, paths in cases(sizes | {"b": min(sizes["b"], CHECKED_ROWS)}, dtype, device):
                 failures += [f"{shape}: {op}: {wrong}" for wrong in wrong_results(tensors, paths, dtype)]
-    ssd_kernel.FULL_GRID = full_grid
+    ssd_tiles.FULL_GRID = full_grid
     if failures:
         print("nothing is timed, results are wrong:", *failures, sep="\n", file=sys.stderr)
         return 1
@@ -218,7 +218,7 @@ def main() -> int:
     if arguments.sweep:
         report["sweep"] = {}
         for shape, sizes in shapes.items():
-            if ssd_kernel.num_spans(sizes["b"] * sizes["h"], sizes["l"]) > 1:
+            if ssd.num_spans(sizes["b"] * sizes["h"], sizes["l"]) > 1:
                 print(f"{shape}, the scan forwards")
                 report["sweep"][shape] = {}
                 for choice, figure in sweep(sizes, dtype, device, arguments.repeats):
