@@ -80,6 +80,15 @@ def test_gradients(kernel_device, whole, lengths, recompute):
     assert_equal_gradients(found, expected)
 
 
+def test_several_chunks_and_spans(kernel_device, whole):
+    """More positions than the scan's chunk and the span of a program of the convolution."""
+    block, residual = block_of(kernel_device), torch.randn(1, 150, TINY.backbone.d_model, device=kernel_device)
+    whole(False)
+    expected = learn(block, residual)
+    whole(True)
+    assert_equal_gradients(learn(block, residual), expected)
+
+
 @pytest.mark.parametrize(
     ("task", "sizes", "frozen"),
     [

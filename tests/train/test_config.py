@@ -11,6 +11,7 @@ from omnimamba.train.stages import LORA_STAGES, STAGES
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
 VQ = 'kind = "vq"\npreset = "tiny"\n[train]\nsteps = 10\nlr = 1e-3\nbatch = 4\n'
+TOWER = VQ.replace('"vq"', '"tower"') + '[init]\ntokenizer = "tokenizer.json"\n'
 STAGE2 = (
     'kind = "omnimamba"\npreset = "tiny"\n[train]\nstage = "stage2"\nsteps = 10\nlr = 1e-3\nmmu_batch = 4\nt2i_batch = 4\n'
     '[data]\ncaptions = "c"\nconversations = "c"\n[init]\nvq = "vq"\n'
@@ -161,6 +162,7 @@ def test_overrides_of_the_recipe_itself(read):
         (STAGE2, ("train.best=mmu",), "train.best='mmu' is a figure of the validation; set train.val_every"),
         (STAGE2, ("train.best_is=low",), "train.best_is='low'; valid: lowest, highest"),
         (STAGE2, ("train.accumulate=0",), "train.accumulate=0; pass 1 or more"),
+        (TOWER, ("tower.keep_start=0.5",), "tower.keep_start=0.5 keeps weights of a finished tower: name init.model"),
         (VQ, ("train.graphs=true",), "train.graphs=true is for omnimamba recipes; leave it out of a vq recipe"),
         (STAGE2, ("train.graphs=true", "train.accumulate=2"), "train.graphs=true records whole steps, without train.accumulate; leave it"),
         (VQ, ("data.max_broken=3",), "data.max_broken=3 is for omnimamba recipes; a vq needs all of its images"),

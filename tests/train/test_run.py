@@ -44,6 +44,7 @@ def test_the_whole_chain(data_folder, tmp_path, monkeypatch):
     batches = {
         "2-vq": ["train.batch=4"],
         "3-tower": ["train.batch=6"],
+        "3b-tower-styles": ["train.batch=6"],
         "5-stage1-mmu": ["train.mmu_batch=4"],
         "4-stage1-t2i": ["train.t2i_batch=4"],
         "6-stage2": ["train.mmu_batch=4", "train.t2i_batch=4"],

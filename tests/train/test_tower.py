@@ -57,6 +57,48 @@ def test_start_from_a_finished_tower(recipe, change, tmp_path):
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
 
 
+def test_an_average_with_the_tower_it_started_from(recipe, change, tmp_path):
+    first = recipe("tower")
+    start = loop.run(make_objective(first, CPU), first, CPU)
+    again = change(dataclasses.replace(recipe("tower"), out=str(tmp_path / "again")), "init", model=str(start))
+    found = {}
+    for share in (0.0, 0.25, 1.0):
+        r = change(dataclasses.replace(again, out=str(tmp_path / str(share))), "tower", keep_start=share)
+        folder = loop.run(make_objective(r, CPU), r, CPU)
+        found[share] = load_file(folder / "vision.safetensors") | load_file(folder / "judge.safetensors")
+    learned = [name for name, tensor in found[0.0].items() if not torch.equal(tensor, found[1.0][name])]
+    assert len(learned) > 10
+    started = load_file(start / "vision.safetensors") | load_file(start / "judge.safetensors")
+    for name, tensor in found[0.25].items():
+        torch.testing.assert_close(found[1.0][name], started[name])
+        torch.testing.assert_close(tensor, 0.25 * started[name] + 0.75 * found[0.0][name])
+
+
+def test_statistics_of_an_average_are_those_of_its_own_weights(recipe, change):
+    """Not averages of statistics: they come from the training images."""
+    first = recipe("tower")
+    folder = loop.run(make_objective(first, CPU), first, CPU)
+    objective = make_objective(change(change(first, "init", model=str(folder)), "tower", keep_start=0.5), CPU)
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean.fill_(7.0)
+    seen = []
+
+    class WithNorm(type(objective.tower)):
+        def embed(self, images):
+            seen.append(images.mean((2, 3)))
+            self.norm(seen[-1])
+            return super().embed(images)
+
+    objective.tower.norm = norm
+    objective.start["norm.weight"], objective.start["norm.bias"] = norm.weight.detach().clone(), norm.bias.detach().clone()
+    objective.start |= {f"norm.{name}": tensor.clone() for name, tensor in norm.named_buffers()}
+    objective.tower.__class__ = WithNorm
+    averaged = objective.averaged()
+    means = torch.stack([colours.mean(0) for colours in seen]).mean(0)
+    torch.testing.assert_close(averaged.norm.running_mean, means)
+    assert averaged.norm.momentum == 0.1 and (norm.running_mean == 7.0).all()
+
+
 @pytest.mark.parametrize("shares", [(0.0, 0.0, ()), (1.0, 0.0, ()), (0.0, 1.0, ("style",)), (0.5, 0.5, ("style",))])
 def test_shares_of_a_batch(recipe, change, log_lines, shares):
     plain, collages, labels = shares

@@ -236,11 +236,14 @@ class TowerTraining:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     """Parameter of the Beta distribution that images are blended by (Zhang et al. 2018, arXiv:1710.09412); 0 is off."""
+    keep_start: float = 0.0
+    """Share of the weights of init.model in the finished tower, the rest being those learned since: such an average keeps much of what
+    training on gains and of what it loses (Wortsman et al. 2022, arXiv:2109.01903)."""
     embedding_dim: int = 192
     text_width: int = 96
 
     def __post_init__(self) -> None:
-        at_least("tower", self, 0, "plain_share", "collage_share", "label_smoothing", at_most=1)
+        at_least("tower", self, 0, "plain_share", "collage_share", "label_smoothing", "keep_start", at_most=1)
         at_least("tower", self, 0, "mixup")
         at_least("tower", self, 1, "embedding_dim")
         if self.text_width < 1 or self.text_width % HEAD_WIDTH:
@@ -343,6 +346,8 @@ class Recipe:
             raise ValueError(f"train.batch={self.train.batch}: a {self.kind} recipe needs a batch of at least 1")
         if self.kind == "tower" and not self.init.tokenizer:
             raise ValueError("a tower recipe reads text: name init.tokenizer")
+        if self.kind == "tower" and self.tower.keep_start and not self.init.model:
+            raise ValueError(f"tower.keep_start={self.tower.keep_start} keeps weights of a finished tower: name init.model")
 
     @functools.cached_property
     def config(self) -> OmniMambaConfig:

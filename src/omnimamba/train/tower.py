@@ -7,6 +7,7 @@ subgroup are texts like captions ("noto", "face-concerned"), each column a contr
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from omnimamba.config import TowerConfig
 from omnimamba.data.augment import augment, collage, normalise, turn, unit_range
@@ -30,6 +32,8 @@ from omnimamba.train.config import Recipe
 from omnimamba.train.loop import Objective
 
 VALIDATION_BATCH = 256
+NUM_STATISTICS_BATCHES = 24
+"""Training batches that the statistics of BatchNorm are estimated from after weights were averaged."""
 
 
 class LabelledImages:
@@ -93,6 +97,7 @@ class TowerObjective(Objective):
             start = Judge.load(Path(recipe.init.model))
             self.tower.vision.load_state_dict(start.vision.state_dict())
             heads.load_state_dict(start.heads.state_dict())
+        self.start = copy.deepcopy(self.tower).state_dict() if recipe.tower.keep_start else {}
         self.tower.to(device).to(memory_format=torch.channels_last)
         self.players: dict[str, nn.Module] = {"tower": self.tower}
         self.sampler = EpochSampler(len(self.train_set.images), recipe.train.batch, recipe.train.seed)
@@ -165,6 +170,28 @@ class TowerObjective(Objective):
                 correct[column] += int((self.tower.heads.scores(embedded, text).argmax(1).cpu() == self.val_set.targets[column][idx]).sum())
         return {f"{column}_accuracy": number / num for column, number in correct.items()}
 
+    @torch.no_grad()
+    def averaged(self) -> ContrastiveTower:
+        """A tower with `keep_start` of the weights that training started from."""
+        tower, share = copy.deepcopy(self.tower), self.recipe.tower.keep_start
+        for name, tensor in tower.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.lerp_(self.start[name].to(tensor.device), share)
+        norms = [module for module in tower.modules() if isinstance(module, _BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over all batches
+        learned, self.tower = self.tower, tower
+        generator = torch.Generator(self.device).manual_seed(self.recipe.train.seed)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+            for step in range(NUM_STATISTICS_BATCHES if norms else 0):
+                self.loss("tower", self.batch(step), step, generator)
+        self.tower = learned
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        return tower.eval()
+
     def sample(self, folder: Path) -> None:
         """A tower has nothing to paint."""
 
@@ -173,5 +200,6 @@ class TowerObjective(Objective):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         shutil.copy(self.recipe.init.tokenizer, folder / "tokenizer.json")
-        for name, module in (("vision", self.tower.vision), ("judge", self.tower.heads)):
+        tower = self.averaged() if self.start else self.tower
+        for name, module in (("vision", tower.vision), ("judge", tower.heads)):
             save_tensors(module.state_dict(), folder / f"{name}.safetensors")
