@@ -8,7 +8,7 @@ The definition is `Mamba2Block.forward`; the dropout before LoRA draws its own n
 the backward pass draws the same.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
 
 from typing import NamedTuple
