@@ -1,6 +1,7 @@
 """What the commands do with good input."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -398,7 +399,9 @@ def test_a_process(folder, tmp_path):
 
 def test_ctrl_c(folder):
     command = [sys.executable, "-m", "omnimamba.cli", "chat", "--max-new-tokens", "4", "--model", str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    with subprocess.Popen(command, **streams, text=True, preexec_fn=heeding) as process:
         process.stdin.write("hello\n")
         process.stdin.flush()
         process.stdout.readline()  # the answer: the chat waits for the next question now
