@@ -113,7 +113,8 @@ def test_bf16(kernels, size, has_state):
 
 
 def test_fp32(kernels):
-    run_all(**SIZES["one row of 1.3b"], dtype=torch.float32, has_state=False)
+    for size in ("nano", "one row of 1.3b"):
+        run_all(**SIZES[size], dtype=torch.float32, has_state=False)
     assert all(kernel.spilled for kernel in kernels)
 
 

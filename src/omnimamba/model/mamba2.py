@@ -17,6 +17,7 @@ from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms
 from omnimamba.ops.block import BlockOptions, BlockWeights, can_learn_block, learn_block
 from omnimamba.ops.norm import length_mask, softplus_dt
 from omnimamba.ops.prefill import add_rms_norm, scan_inputs
+from omnimamba.ops.ssd import split_scan_inputs
 
 # Step sizes and decay rates (-A) at initialisation, both log-uniform: a head remembers 2 to 500 positions and takes a new one in
 # at a third of its size. mamba_ssm's own ranges (1e-3 to 0.1, 1 to 16) weigh a position 10 positions back with 1 % of the present
@@ -132,13 +133,7 @@ class Mamba2Mixer(nn.Module):
         return self.conv1d.bias
 
     def split_xBC(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        x, B, C = xBC.split((config.d_inner, config.ngroups * config.d_state, config.ngroups * config.d_state), dim=-1)
-        return (
-            x.unflatten(-1, (config.nheads, config.headdim)),
-            B.unflatten(-1, (config.ngroups, config.d_state)),
-            C.unflatten(-1, (config.ngroups, config.d_state)),
-        )
+        return split_scan_inputs(xBC, self.config.nheads, self.config.ngroups, self.config.d_state)
 
 
 class Mamba2Block(nn.Module):
@@ -149,9 +144,9 @@ class Mamba2Block(nn.Module):
 
     def forward(self, residual: Tensor, task: Tasks, lengths: Tensor | None = None, *, recompute: bool = False) -> Tensor:
         """The residual stream [b, l, d] after this block. recompute: see `Mamba2Backbone.forward`."""
-        if self.learns_whole(residual, task):
-            assert task is None or isinstance(task, Task)
-            return learn_block(residual, self.mixer.block_weights(self.norm.weight, task), self.mixer.block_options(recompute), lengths)
+        options = self.mixer.block_options(recompute)
+        if self.training and not isinstance(task, Tensor) and can_learn_block(residual, options):
+            return learn_block(residual, self.mixer.block_weights(self.norm.weight, task), options, lengths)
         if recompute and torch.is_grad_enabled():
             return checkpoint(self.by_operators, residual, task, lengths, use_reentrant=False)
         return self.by_operators(residual, task, lengths)
@@ -159,10 +154,6 @@ class Mamba2Block(nn.Module):
     def by_operators(self, residual: Tensor, task: Tasks, lengths: Tensor | None) -> Tensor:
         hidden, _, _ = self.mixer(self.norm(residual), task, lengths=lengths)
         return residual + hidden
-
-    def learns_whole(self, residual: Tensor, task: Tasks) -> bool:
-        """Whether the whole block is one operator, for one task, in training."""
-        return self.training and not isinstance(task, Tensor) and can_learn_block(residual, self.mixer.block_options(False))
 
 
 class Mamba2Backbone(nn.Module):

@@ -47,6 +47,13 @@ def ssd_chunk_scan(
     return plain_ssd_chunk_scan(x, dt, A, B, C, D=D, chunk_size=chunk_size, initial_state=initial_state)
 
 
+def split_scan_inputs(xBC: Tensor, num_heads: int, num_groups: int, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., h, p], B and C [..., g, n] of the convolution's output [..., c], or of its gradient: views."""
+    size = num_groups * d_state
+    x, B, C = xBC.split((xBC.shape[-1] - 2 * size, size, size), -1)
+    return x.unflatten(-1, (num_heads, -1)), B.unflatten(-1, (num_groups, -1)), C.unflatten(-1, (num_groups, -1))
+
+
 def fits_kernel(headdim: int, d_state: int) -> bool:
     """Larger tiles than these have never been compiled."""
     return headdim <= 128 and d_state <= 256

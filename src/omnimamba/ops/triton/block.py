@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.block import BlockOptions, BlockWeights
 from omnimamba.ops.norm import output_dtype
+from omnimamba.ops.ssd import split_scan_inputs
 from omnimamba.ops.triton.conv import conv_backward, conv_forward
 from omnimamba.ops.triton.launch import launch
 from omnimamba.ops.triton.norm import norm_backward, norm_forward
@@ -77,18 +78,15 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a.float() @ b.float()).to(dtype)
 
 
-def split_parts(zxbcdt: Tensor, options: BlockOptions, d_inner: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_parts(zxbcdt: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor, Tensor]:
     """z, xBC and dt of in_proj's output, or of its gradient: views."""
+    d_inner = options.num_heads * options.headdim
     z, xBC, dt = zxbcdt.split((d_inner, d_inner + 2 * options.num_groups * options.d_state, options.num_heads), -1)
     return z, xBC, dt
 
 
-def split_scan(xBC: Tensor, options: BlockOptions, d_inner: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [b, l, h, p], B and C [b, l, g, n] of the convolution's output, or of its gradient: views."""
-    size = options.num_groups * options.d_state
-    x, *groups = xBC.split((d_inner, size, size), -1)
-    B, C = (m.unflatten(-1, (options.num_groups, -1)) for m in groups)
-    return x.unflatten(-1, (options.num_heads, -1)), B, C
+def split_scan(xBC: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor, Tensor]:
+    return split_scan_inputs(xBC, options.num_heads, options.num_groups, options.d_state)
 
 
 def read(
@@ -97,7 +95,6 @@ def read(
 ) -> Inputs:  # fmt: skip
     """kept: zxbcdt and xBC, where they are there from the forward pass."""
     b, l, d = residual.shape
-    d_inner = weights.out_proj.shape[1]
     u = norm_forward(residual.view(-1, d), None, weights.norm, options.eps, 1, dtype)
     dropped = u if seed is None else dropout(u, seed, options.dropout)
     low = None if weights.lora_A is None else dropped @ weights.lora_A.to(dtype).T
@@ -108,10 +105,10 @@ def read(
         else:
             zxbcdt = (low @ (weights.lora_B * options.scaling).to(dtype).T).addmm_(u, in_proj.T)
         zxbcdt = zxbcdt.view(b, l, -1)
-        xBC = conv_forward(split_parts(zxbcdt, options, d_inner)[1], *rounded_conv(weights, dtype))
+        xBC = conv_forward(split_parts(zxbcdt, options)[1], *rounded_conv(weights, dtype))
     else:
         zxbcdt, xBC = kept
-    dt = positive_steps(split_parts(zxbcdt, options, d_inner)[2], weights.dt_bias.float(), lengths)
+    dt = positive_steps(split_parts(zxbcdt, options)[2], weights.dt_bias.float(), lengths)
     return Inputs(u, dropped, low, zxbcdt, xBC, dt)
 
 
@@ -122,16 +119,15 @@ def rounded_conv(weights: BlockWeights, dtype: torch.dtype) -> tuple[Tensor, Ten
 class Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual: Tensor, lengths: Tensor | None, options: BlockOptions, *tensors: Tensor | None) -> Tensor:
-        weights = BlockWeights(*tensors)  # type: ignore[arg-type]
+        weights = BlockWeights(*tensors)
         b, l, d = residual.shape
         residual, dtype = residual.contiguous(), output_dtype(weights.norm)
         has_dropout = weights.lora_A is not None and options.dropout > 0
         seed = torch.randint(2**62, (1,), device=residual.device) if has_dropout else None
         with torch.autocast(residual.device.type, enabled=False):
             inputs = read(residual, weights, options, seed, lengths, dtype)
-            d_inner = weights.out_proj.shape[1]
-            z, _, _ = split_parts(inputs.zxbcdt, options, d_inner)
-            x, B, C = split_scan(inputs.xBC, options, d_inner)
+            z, _, _ = split_parts(inputs.zxbcdt, options)
+            x, B, C = split_scan(inputs.xBC, options)
             y, _ = scan_forward(x, inputs.dt, -torch.exp(weights.A_log.float()), B, C, weights.D.float())
             gated = norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, dtype)
             out = residual + (gated @ weights.out_proj.to(dtype).T).view(b, l, d)
@@ -149,12 +145,12 @@ class Block(torch.autograd.Function):
         options, dtype = ctx.options, ctx.dtype
         needs = BlockWeights(*ctx.needs_input_grad[3:])
         b, l, d = residual.shape
-        d_inner, eps, groups = weights.out_proj.shape[1], options.eps, options.num_groups
+        eps, groups = options.eps, options.num_groups
         with torch.autocast(residual.device.type, enabled=False):
-            inputs = read(residual, weights, options, seed, lengths, dtype, kept or None)  # type: ignore[arg-type]
+            inputs = read(residual, weights, options, seed, lengths, dtype, kept or None)
             dzxbcdt = torch.empty(inputs.zxbcdt.shape, dtype=dtype, device=residual.device)
-            z, xBC, _ = (m.flatten(0, 1) for m in split_parts(inputs.zxbcdt, options, d_inner))
-            dz, dxBC, ddt = split_parts(dzxbcdt, options, d_inner)
+            z, xBC, _ = (m.flatten(0, 1) for m in split_parts(inputs.zxbcdt, options))
+            dz, dxBC, ddt = split_parts(dzxbcdt, options)
             grads: dict[str, Tensor | None] = dict.fromkeys(BlockWeights._fields)
 
             # out_proj and the gated norm
@@ -172,9 +168,9 @@ class Block(torch.autograd.Function):
             # the scan and the convolution
             A = -torch.exp(weights.A_log.float())
             dscan = torch.empty(inputs.xBC.shape, dtype=dtype, device=residual.device)
-            x, B, C = split_scan(inputs.xBC, options, d_inner)
+            x, B, C = split_scan(inputs.xBC, options)
             dsteps, dA, grads["D"], _ = scan_backward(
-                x, inputs.dt, A, B, C, weights.D.float(), None, dy.view(x.shape), None, *split_scan(dscan, options, d_inner)
+                x, inputs.dt, A, B, C, weights.D.float(), None, dy.view(x.shape), None, *split_scan(dscan, options)
             )
             grads["A_log"] = dA * A
             dsteps *= -torch.expm1(-inputs.dt)  # the slope of softplus, 0 in padding

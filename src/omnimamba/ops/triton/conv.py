@@ -36,8 +36,8 @@ def load_inputs(p_tile, p_past, first, o_r, o_c, l, stride_l, past_c, past_w, C:
 
 @triton.jit
 def load_tap(weight, tap, o_c, C: tl.constexpr):
-    """weight: [w, c] in x's dtype, as in the definition."""
-    return tl.load(weight + tap * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
+    """weight: [w, c] in x's dtype, as in the definition; taps before the first are 0."""
+    return tl.load(weight + tap * C + o_c, mask=(o_c < C) & (tap >= 0), other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["l"])
@@ -53,10 +53,10 @@ def forward_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     p_tile = x + i_b * stride_b + first.to(tl.int64) * stride_l
     p_past = past + i_b * past_b
-    total = tl.zeros((ROWS, COLUMNS), tl.float32) + load_tap(bias, 0, o_c, C)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32) + load_tap(bias, 0, o_c, C)[None, :]
     for tap in tl.static_range(W):
         inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-        total += inputs * load_tap(weight, tap, o_c, C)
+        total += inputs * load_tap(weight, tap, o_c, C)[None, :]
     b_y = total * tl.sigmoid(total)
     p_y = y + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :]
     tl.store(p_y, b_y.to(dtype), mask=(first + o_r < l)[:, None] & (o_c < C)[None, :])
@@ -93,11 +93,11 @@ def backward_kernel(
     p_x = x + i_b * stride_b
     p_dy = dy + i_b * dy_b
     p_past = past + i_b * past_b
-    w3 = tl.load(weight + (W - 1) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-    w2 = tl.load(weight + (W - 2) * C + o_c, mask=m_c & (W > 1), other=0.0).to(tl.float32)
-    w1 = tl.load(weight + (W - 3) * C + o_c, mask=m_c & (W > 2), other=0.0).to(tl.float32)
-    w0 = tl.load(weight + (W - 4) * C + o_c, mask=m_c & (W > 3), other=0.0).to(tl.float32)
-    b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    w3 = load_tap(weight, W - 1, o_c, C)
+    w2 = load_tap(weight, W - 2, o_c, C)
+    w1 = load_tap(weight, W - 3, o_c, C)
+    w0 = load_tap(weight, W - 4, o_c, C)
+    b_bias = load_tap(bias, 0, o_c, C)
     x1 = load_row(p_x, o_c, m_c, first - 1, l, stride_l)
     x2 = load_row(p_x, o_c, m_c, first - 2, l, stride_l)
     x3 = load_row(p_x, o_c, m_c, first - 3, l, stride_l)

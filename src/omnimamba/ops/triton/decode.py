@@ -461,7 +461,7 @@ def mix(
 
 def matrix_parts(k: int) -> tuple[int, int]:
     """How many parts of the k columns `multiply_parts` multiplies by themselves, and in tiles of how many; no part if it cannot."""
-    choices = ((splits, k // splits) for splits in (4, 2, 1) if k % splits == 0)
+    choices = ((splits, k // splits) for splits in (4, 2) if k % splits == 0)
     tiles = ((splits, min(launch("decode_matrix", k).columns, part & -part)) for splits, part in choices)  # whole tiles, powers of two
     return next(((splits, tile_k) for splits, tile_k in tiles if tile_k >= 16), (0, 0))
 

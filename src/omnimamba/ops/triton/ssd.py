@@ -28,6 +28,7 @@ from omnimamba.ops.triton.ssd_tiles import (
     chunk_rows,
     first_state,
     load_tile,
+    next_state,
     operand,
     sizes,
     split_headdim,
@@ -60,13 +61,6 @@ def walk(l, span, H: tl.constexpr):
     i_bh = tl.program_id(0).to(tl.int64)
     first = tl.program_id(2).to(tl.int64) * span
     return i_bh, i_bh // H, i_bh % H, first, tl.minimum(l - first, span).to(tl.int32)
-
-
-@triton.jit
-def next_state(b_state, b_x, b_B, b_total, ROUND: tl.constexpr, DOT: tl.constexpr):
-    """The state one chunk further. b_x: its inputs, times the decay up to the chunk's end."""
-    b_state *= tl.exp(b_total.to(tl.float32))
-    return tl.dot(tl.trans(operand(b_x, ROUND, DOT)), b_B, b_state, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["l", "span"])
@@ -106,7 +100,7 @@ def forward_kernel(
         b_y = tl.dot(operand(b_scores, dtype, DOT), operand(b_xdt, dtype, DOT), b_y, input_precision="ieee")
         store_tile(p_y, b_y + b_x * d, o_q, o_p, left, P, H * P)
         b_xdt *= tl.exp((b_total - b_sum).to(tl.float32))[:, None]
-        b_state = next_state(b_state, b_xdt, b_B, b_total, dtype, DOT)
+        b_state = next_state(b_state, b_xdt, b_B, tl.exp(b_total.to(tl.float32)), dtype, DOT)
         p_x += Q * x_l
         p_dt += Q * dt_l
         p_B += Q * B_l
@@ -139,7 +133,7 @@ def span_kernel(
         b_B = load_tile(B + i_b * B_b + (i_h // R) * B_g + i_l * B_l, o_q, o_n, left, N, B_l).to(DOT)
         b_dt, b_sum, b_total = load_decay(dt + i_b * dt_b + i_h * dt_h + i_l * dt_l, a, o_q, left, dt_l)
         b_x *= (b_dt * tl.exp((b_total - b_sum).to(tl.float32)))[:, None]
-        b_state = next_state(b_state, b_x, b_B, b_total, dtype, DOT)
+        b_state = next_state(b_state, b_x, b_B, tl.exp(b_total.to(tl.float32)), dtype, DOT)
         b_log += b_total
     store_tile(added + i_part * P * N, b_state, o_p, o_n, P, N, N)
     tl.store(decays + i_part, tl.exp(b_log.to(tl.float32)))

@@ -27,6 +27,7 @@ from omnimamba.ops.triton.ssd_tiles import (
     first_state,
     head_splits,
     load_tile,
+    next_state,
     operand,
     sizes,
     split_headdim,
@@ -114,9 +115,8 @@ def states_kernel(
         b_B = load_tile(p_B + i_c * Q * B_l, o_q, o_n, left, N, B_l).to(DOT)
         b_scale = tl.load(decays + i_bch * (6 * Q) + (3 if REVERSE else 5) * Q + o_q)
         store_tile(states + i_bch * P * N, b_state, o_p, o_n, P, N, N)
-        b_state *= tl.load(decays + i_bch * (6 * Q) + 4 * Q - 1)
-        b_x = operand(b_x * b_scale[:, None], dtype, DOT)
-        b_state = tl.dot(tl.trans(b_x), b_B, b_state, input_precision="ieee")
+        decay = tl.load(decays + i_bch * (6 * Q) + 4 * Q - 1)
+        b_state = next_state(b_state, b_x * b_scale[:, None], b_B, decay, dtype, DOT)
     store_tile(final + i_bh * P * N, b_state, o_p, o_n, P, N, N)
 
 

@@ -43,6 +43,13 @@ def first_state(initial, i_bh, o_p, o_n, P: tl.constexpr, N: tl.constexpr, HAS_I
     return b_state
 
 
+@triton.jit
+def next_state(b_state, b_x, b_B, decay, ROUND: tl.constexpr, DOT: tl.constexpr):
+    """The state one chunk further. b_x: its inputs, times the decay up to the chunk's end; decay: of the whole chunk."""
+    b_state *= decay
+    return tl.dot(tl.trans(operand(b_x, ROUND, DOT)), b_B, b_state, input_precision="ieee")
+
+
 def strides(*tensors: Tensor) -> list[int]:
     """The first three strides of each: batch, length, head or group."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
