@@ -89,12 +89,14 @@ def load_model(arguments: argparse.Namespace, folder: Path) -> OmniMamba:
 
 def serve(arguments: argparse.Namespace) -> int:
     """The other process: what `omnimamba serve --no-page --port 0` does, with the model of these arguments."""
+    from omnimamba.server.engine_thread import aside
     from omnimamba.server.listen import listen
     from omnimamba.server.run import Server
 
     with tempfile.TemporaryDirectory() as folder:
         config = ServerConfig(max_waiting=arguments.max_waiting)
-        return Server(load_model(arguments, Path(folder)), config, "load", with_page=False).run_on(listen("127.0.0.1", 0))
+        omni = aside(lambda: load_model(arguments, Path(folder)))
+        return Server(omni, config, "load", with_page=False).run_on(listen("127.0.0.1", 0))
 
 
 def start_server(arguments: list[str]) -> tuple[subprocess.Popen, str]:

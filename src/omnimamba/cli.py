@@ -317,10 +317,11 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
     )
     bound = listen(host, port)
-    from omnimamba.server.run import Server  # slow: a port that is taken is said at once
+    from omnimamba.server.engine_thread import aside  # slow: a port that is taken is said at once
+    from omnimamba.server.run import Server
 
     with progress_bar(f"loading {source.model}"):
-        omni = source.load(num_slots=num_slots)
+        omni = aside(lambda: source.load(num_slots=num_slots))
     server = Server(omni, config, Path(source.model).name, with_page=page, drain_seconds=drain_seconds)
     if code := server.run_on(bound):
         sys.exit(code)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from omnimamba.config import Task
+from omnimamba.engine import engine as engine_module
 from omnimamba.engine.engine import Engine
-from omnimamba.engine.request import FinishReason, Request, SamplingParams
+from omnimamba.engine.request import FinishReason, Request, SamplingParams, UnreadImage
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
 from omnimamba.processor import prompt
@@ -180,6 +181,25 @@ def test_prompt_of_several_samples_is_read_once(engine_of, mmu, monkeypatch):
     monkeypatch.setattr(engine.runner, "prefill", lambda slots, chunks, task: rows.append(len(slots)) or prefill(slots, chunks, task))
     engine.run([mmu("what is this?", num_samples=5)])
     assert rows == [1]
+
+
+def test_images_of_requests_that_start_together_are_encoded_together(engine_of, mmu, monkeypatch):
+    """An image that several are about only once, and none whose request still waits."""
+    questions, passes = ["what is this?", "is it a zoo?", "is it a large zoo?"], []
+
+    def encode(images):
+        passes.append(len(images))
+        return torch.stack(images)
+
+    def unread(question):
+        request = mmu(question)
+        return dataclasses.replace(request, features=UnreadImage(lambda: request.features, encode), prefix_key=question)
+
+    expected = alone(engine_of, [mmu(questions[i]) for i in (0, 0, 1, 2)])
+    requests = [unread(questions[i]) for i in (0, 0, 1, 2)]
+    assert tokens_of(engine_of(num_slots=3).run(requests)) == expected and passes == [2, 1]
+    monkeypatch.setattr(engine_module, "IMAGES_PER_PASS", 2)
+    assert tokens_of(engine_of().run(requests)) == expected and passes == [2, 1, 2, 1]
 
 
 @pytest.mark.parametrize("bound", [1, 7, 20, 64])

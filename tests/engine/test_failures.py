@@ -8,7 +8,7 @@ import torch
 
 from omnimamba.config import Task
 from omnimamba.engine.engine import Engine
-from omnimamba.engine.request import FinishReason, Request, SamplingParams
+from omnimamba.engine.request import FinishReason, Request, SamplingParams, UnreadImage
 from omnimamba.engine.scheduler import QueueFull
 from omnimamba.processor import prompt
 
@@ -73,13 +73,15 @@ def test_before_the_first_token(engine, t2i, monkeypatch, name):
     assert engine.run([t2i("a zoo")])[0][0].tokens == expected
 
 
-def test_one_request_fails_to_start_and_the_others_run(engine, t2i, model, tokenizer, config):
-    def broken():
+@pytest.mark.parametrize("where", ["pixels", "encode"])
+def test_one_request_fails_to_start_and_the_others_run(where, engine, t2i, model, tokenizer, config):
+    def broken(pixels=None):
         raise RuntimeError("tower broke")
 
     ids = (*prompt.mmu_before_image(tokenizer), *prompt.mmu_after_image(tokenizer), 5)
+    image = UnreadImage(broken, torch.stack) if where == "pixels" else UnreadImage(lambda: torch.zeros(1), broken)
     expected = engine.run([t2i("a zoo")])[0][0].tokens
-    events = submit_all(engine, [t2i("a zoo"), Request(Task.MMU, ids, broken, sampling=GREEDY, num_samples=2), t2i("a zoo")])
+    events = submit_all(engine, [t2i("a zoo"), Request(Task.MMU, ids, image, sampling=GREEDY, num_samples=2), t2i("a zoo")])
     drain(engine)
     first, failed, last = events.values()
     assert [event.token for event in first] == [event.token for event in last] == expected

@@ -81,7 +81,8 @@ def test_partial_images(omni):
     for image_idx, image in enumerate(images):
         partial = [(picture, fraction) for i, picture, fraction in calls if i == image_idx]
         assert [fraction for _, fraction in partial] == [i / 8 for i in range(1, 9)]
-        assert same([partial[-1][0]], [image])
+        levels = ImageChops.difference(partial[-1][0], image).getextrema()
+        assert max(high for _, high in levels) <= 1  # convolutions of one image may round otherwise than those of two
         for num_rows, (picture, _) in enumerate(partial[:-1], 1):
             grey = picture.crop((0, 4 * num_rows, SIZE, SIZE))
             assert grey.getcolors() == [(grey.width * grey.height, (128, 128, 128))]

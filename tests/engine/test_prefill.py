@@ -43,8 +43,8 @@ def test_a_bucket_changes_nothing(model, lengths, task):
             bucketed.prefill(slots, chunks_of(model, lengths), task), plain.prefill(slots, chunks_of(model, lengths), task)
         )
         lengths = lengths[::-1]
-    torch.testing.assert_close(bucketed.state.ssm, plain.state.ssm)
-    torch.testing.assert_close(bucketed.state.conv, plain.state.conv)
+    for found, expected in ((bucketed.state.ssm, plain.state.ssm), (bucketed.state.conv, plain.state.conv)):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # products of other sizes are rounded otherwise
     assert torch.equal(bucketed.state.position, plain.state.position)
     assert len(bucketed.prefill_graphs._buckets) == 1
 

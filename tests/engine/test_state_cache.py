@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from omnimamba.config import Task
 from omnimamba.engine.engine import Engine
-from omnimamba.engine.request import Request, SamplingParams
+from omnimamba.engine.request import Request, SamplingParams, UnreadImage
 from omnimamba.engine.state_cache import StateCache
 from omnimamba.model.state import MambaState
 from omnimamba.processor import prompt
@@ -85,12 +85,12 @@ def request_of(tokenizer, images):
         turns = list(zip(["user", "assistant"] * len(messages), messages, strict=False))
         ids = (*prompt.mmu_before_image(tokenizer), *prompt.mmu_after_image(tokenizer), *prompt.chat_ids(tokenizer, turns))
 
-        def features():
+        def pixels():
             if asked is not None:
                 asked.append(image)
             return images[image]
 
-        return Request(Task.MMU, ids, features, sampling=sampling, prefix_key=image, **options)
+        return Request(Task.MMU, ids, UnreadImage(pixels, torch.stack), sampling=sampling, prefix_key=image, **options)
 
     return request_of
 

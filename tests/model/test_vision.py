@@ -38,6 +38,16 @@ def test_vit_features_are_timms_second_to_last_layer(config):
     assert not torch.allclose(features, last)
 
 
+@pytest.mark.parametrize("config", [VIT, CONVNEXT, *preset("nano").towers.values()], ids=lambda config: config.timm_name)
+@torch.no_grad()
+def test_features_do_not_depend_on_the_batch(config):
+    """Equal bits: an answer must not change because another image was encoded in the same pass."""
+    towers, x = VisionTowers({"tower": config}), pixels(config, 5)
+    features = towers({"tower": x})
+    for part in (slice(0, 1), slice(4, 5), slice(1, 3), slice(1, 4)):
+        assert torch.equal(towers({"tower": x[part]}), features[part])
+
+
 def test_blocks_after_the_layer_do_not_run():
     class Broken(nn.Module):
         def forward(self, x):

@@ -7,6 +7,8 @@ import pytest
 
 from omnimamba.config import Task
 from omnimamba.engine.request import Request, SamplingParams
+from omnimamba.processor.image import load_image
+from omnimamba.server import service
 
 from .conftest import MODEL, about, data_url, drawing
 
@@ -81,11 +83,9 @@ def test_a_second_question_does_not_read_the_image_again(client, omni):
 
 def test_an_image_with_a_snapshot_is_not_decoded_again(new_omni, serve, omni, monkeypatch):
     """Unless that snapshot goes before its turn comes."""
-    calls, served_omni = [], new_omni()
-    tower_inputs = served_omni.tower_inputs
-    monkeypatch.setattr(served_omni, "tower_inputs", lambda images: (calls.append(len(images)), tower_inputs(images))[1])
-    with serve(served_omni) as running:
-        calls.clear()  # those of the warm-up
+    calls = []
+    monkeypatch.setattr(service, "load_image", lambda data: (calls.append(len(data)), load_image(data))[1])
+    with serve(new_omni()) as running:
         for question, num_calls in (("What?", 1), ("Is it red?", 1), ("Why?", 2)):
             if question == "Why?":
                 running.engine.prefix_cache.max_bytes = 0

@@ -13,14 +13,14 @@ import contextlib
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from omnimamba.config import Task
-from omnimamba.engine.request import Event, FinishReason, OnEvent, Request, Sample
+from omnimamba.engine.request import Event, FinishReason, OnEvent, Request, Sample, UnreadImage
 from omnimamba.engine.runner import DecodeSample, Runner
 from omnimamba.engine.sampler import SamplingRows, guide, sample, stream_key
 from omnimamba.engine.scheduler import QueueFull, Scheduler
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 NUM_MARKERS = 4
 """Ids of an MMU prompt around its image, [mmu][soi] and [eoi][sot]: the prefix that all questions about the image share."""
+IMAGES_PER_PASS = 16
+"""Images that pass the towers at once."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -223,6 +225,7 @@ class Engine:
 
     def _admit(self, events: list[tuple[_Job, Event]]) -> None:
         """Gives slots to waiting requests; the first sample's slots will read the prompt, or what no snapshot has read of it."""
+        starting: dict[_Job, Request] = {}
         for request_id, slots in self.scheduler.admit():
             job = self._jobs[request_id]
             request, g = job.request, job.request.slots_per_sample
@@ -230,16 +233,21 @@ class Engine:
                 _Sequence(job, i, slots[g * i : g * (i + 1)], stream_key(request.seed, request.first_sample + i))
                 for i in range(request.num_samples)
             ]
+            starting[job] = self._after_prefix(job)
+        self._encode(starting, events)
+        for job, request in starting.items():
+            if job.request_id not in self._jobs:  # its image could not be read
+                continue
             with self._failures_end([job], events):
-                request = self._after_prefix(job)
-                self.runner.reset(slots[:g])
+                slots = job.sequences[0].slots
+                self.runner.reset(slots)
                 if request.state is not None:
                     self.runner.load(slots[0], request.state)
                 job.prompt = self.runner.embed_prompt(request)
                 self._prefilling.append(job)
 
     def _after_prefix(self, job: _Job) -> Request:
-        """The job's request with its image at hand, or going on from a snapshot that has read the image and more."""
+        """The job's request, or the rest of it that goes on from a snapshot which has read the image and more."""
         request = job.request
         if request.prefix_key is not None:
             found = self.prefix_cache.find(request.prefix_key, request.ids)
@@ -249,7 +257,26 @@ class Engine:
                 return dataclasses.replace(request, ids=request.ids[num_ids:], features=None, state=state)
             if request.features is not None and len(request.ids) > NUM_MARKERS:
                 job.num_to_image = NUM_MARKERS + self.config.num_vision_tokens
-        return dataclasses.replace(request, features=request.features()) if callable(request.features) else request
+        return request
+
+    def _encode(self, starting: dict[_Job, Request], events: list[tuple[_Job, Event]]) -> None:
+        """Puts features in the place of unread images: a few images in a pass, and one that several requests are about only once."""
+        about: dict[tuple[object, object], list[_Job]] = {}  # jobs about one image, by the function that encodes it
+        for job, request in starting.items():
+            if isinstance(request.features, UnreadImage):
+                about.setdefault((request.features.encode, request.prefix_key or job), []).append(job)
+        passes: dict[Callable[[Sequence[Any]], Tensor], list[tuple[list[_Job], Any]]] = {}
+        for jobs in about.values():
+            image = starting[jobs[0]].features
+            assert isinstance(image, UnreadImage)
+            with self._failures_end(jobs, events):
+                passes.setdefault(image.encode, []).append((jobs, image.pixels()))
+        for encode, images in passes.items():
+            for start in range(0, len(images), IMAGES_PER_PASS):
+                part = images[start : start + IMAGES_PER_PASS]
+                with self._failures_end([job for jobs, _ in part for job in jobs], events):
+                    for (jobs, _), row in zip(part, encode([pixels for _, pixels in part]), strict=True):
+                        starting.update({job: dataclasses.replace(starting[job], features=row) for job in jobs})
 
     def _prefill(self, events: list[tuple[_Job, Event]]) -> None:
         """Reads a piece of the oldest prompt and of others of its task; prompts that end give their samples' first tokens."""

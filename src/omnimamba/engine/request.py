@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -90,6 +90,16 @@ class SamplingParams:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class UnreadImage:
+    """An image whose features are computed once its request starts, in one pass with those of other requests that start then."""
+
+    pixels: Callable[[], Any]
+    """What `encode` reads."""
+    encode: Callable[[Sequence[Any]], Tensor]
+    """[b, k, vision_dim] of the pixels of b images; the same function for all that may pass together."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One prompt and `num_samples` continuations of it.
 
@@ -100,8 +110,8 @@ class Request:
 
     task: Task
     ids: tuple[int, ...]
-    features: Tensor | Callable[[], Tensor] | None = None
-    """[k, vision_dim] of the image of an MMU prompt, or what computes them once they are needed; None is the text-only layout."""
+    features: Tensor | UnreadImage | None = None
+    """[k, vision_dim] of the image of an MMU prompt, or what they are computed from; None is the text-only layout."""
     null_ids: tuple[int, ...] | None = None
     """The prompt without a caption, as long as `ids`; needed when guidance_scale is not 1."""
     sampling: SamplingParams = SamplingParams()

@@ -35,12 +35,18 @@ class VisionTowers(nn.Module):
         return self
 
     def forward(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """Features [b, num_tokens, vision_dim]. pixels: a normalised [b, 3, s, s] per tower, s its image_size."""
+        """Features [b, num_tokens, vision_dim]. pixels: a normalised [b, 3, s, s] per tower, s its image_size.
+
+        On a CPU, those of an image are the same to the last bit whatever else is in the batch.
+        """
         self._check(pixels)
         tokens = []
         for name, tower in self.towers.items():
-            (features,) = intermediates(tower, pixels[name], [self.configs[name].layer])
-            tokens.append(features.flatten(2).mT)  # [b, c, h, w] to [b, h*w, c]
+            batch = pixels[name]
+            if len(batch) == 1 and batch.device.type == "cpu" and not takes_image_size(tower):
+                batch = batch.expand(2, -1, -1, -1)  # convolutions of a single image would take other kernels, which round otherwise
+            (features,) = intermediates(tower, batch, [self.configs[name].layer])
+            tokens.append(features[: len(pixels[name])].flatten(2).mT)  # [b, c, h, w] to [b, h*w, c]
         return torch.cat(tokens, dim=-1)
 
     def feature_maps(self, pixels: Mapping[str, Tensor]) -> list[Tensor]:

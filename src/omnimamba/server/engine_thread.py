@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 from omnimamba.engine.engine import Engine
@@ -27,6 +28,24 @@ RATE_SECONDS = 10.0
 STOP_SECONDS = 30.0
 
 T = TypeVar("T")
+
+
+def aside(function: Callable[[], T]) -> T:
+    """What `function` returns or raises in a thread that ends with it. For work on tensors outside of the engine's thread.
+
+    Each thread that ran a parallel operator has OpenMP threads of its own for as long as it lives. If there are more of them than cores,
+    libgomp sends them to sleep at the end of every operator, and the engine's pay for the waking.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="aside", daemon=True).start()
+    return future.result()
 
 
 class EngineStopped(ApiError):

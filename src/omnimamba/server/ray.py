@@ -51,6 +51,7 @@ class Api:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from omnimamba.engine.omnimamba import OmniMamba
         from omnimamba.server.app import create_api
+        from omnimamba.server.engine_thread import aside
         from omnimamba.server.service import Service
 
         options = self.options
@@ -60,7 +61,8 @@ class Api:
             prefix_cache_bytes=options.prefix_cache_mib * MIB,
             fetch_remote=options.fetch_remote,
         )
-        omni = OmniMamba.from_pretrained(options.model, device=options.device, dtype=options.dtype, num_slots=options.num_slots)
+        sizes = {"device": options.device, "dtype": options.dtype, "num_slots": options.num_slots}
+        omni = aside(lambda: OmniMamba.from_pretrained(options.model, **sizes))
         self.service = Service(omni, config)
         return create_api(self.service, Path(options.model).name)
 

@@ -11,19 +11,21 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from omnimamba.config import Task
 from omnimamba.engine.engine import Engine
 from omnimamba.engine.omnimamba import Conversation, OmniMamba, unread_ids
-from omnimamba.engine.request import Event, FinishReason, Request, Sample, SamplingParams
+from omnimamba.engine.request import Event, FinishReason, Request, Sample, SamplingParams, UnreadImage
 from omnimamba.engine.scheduler import QueueFull
 from omnimamba.engine.text import AnswerText
 from omnimamba.model.state import MambaState
+from omnimamba.processor.image import load_image, resize_naive, tower_pixels
 from omnimamba.processor.prompt import mmu_after_image, mmu_before_image, next_turn_ids
 from omnimamba.server.config import ServerConfig
-from omnimamba.server.engine_thread import EngineThread, Generation
+from omnimamba.server.engine_thread import EngineThread, Generation, aside
 from omnimamba.server.errors import ApiError, bad_request
 from omnimamba.server.metrics import Metrics
 from omnimamba.server.sources import check_image
@@ -43,7 +45,7 @@ class Picture:
 
     key: str
     pixels: Callable[[], dict[str, Tensor]]
-    """What the towers read."""
+    """What the towers read, [1, 3, s, s] for each. To be called in the engine's thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +79,8 @@ class Service:
 
     def __init__(self, omni: OmniMamba, config: ServerConfig, *, on_failure: Callable[[], None] | None = None) -> None:
         self.omni, self.config = omni, config
-        self.thread = EngineThread(
-            omni.new_engine(max_waiting=config.max_waiting, prefix_cache_bytes=config.prefix_cache_bytes), on_failure=on_failure
-        )
+        options = {"max_waiting": config.max_waiting, "prefix_cache_bytes": config.prefix_cache_bytes}
+        self.thread = EngineThread(aside(lambda: omni.new_engine(**options)), on_failure=on_failure)
         self.metrics = Metrics(self.thread)
         self.states = StateStore(config.state_bytes)
         self.bytes_per_state = MambaState.zeros(omni.config.backbone, 1, device="meta").bytes_per_slot
@@ -147,15 +148,24 @@ class Service:
         if self.omni.bundle.vision is None:
             raise ApiError(400, "this model was saved without its vision towers, so it sees no image", param="messages")
         opening = (*mmu_before_image(self.omni.tokenizer), *mmu_after_image(self.omni.tokenizer))
+        towers = self.omni.config.towers
+
+        def squares() -> dict[str, Image.Image]:
+            image = load_image(data)
+            return {name: resize_naive(image, tower.image_size) for name, tower in towers.items()}
+
+        def pixels(squares: dict[str, Image.Image]) -> dict[str, Tensor]:
+            """In the engine's thread: no other may work on tensors (see `aside`)."""
+            return {name: tower_pixels(square, towers[name])[None] for name, square in squares.items()}
 
         def decode() -> Picture:
             check_image(data, self.config.max_image_pixels)
             key = hashlib.sha256(data).hexdigest()
             if self.engine.prefix_cache.has(key, opening):  # decoded before, and not needed again unless that snapshot goes just now
-                return Picture(key, lambda: self.omni.tower_inputs([data]))
+                return Picture(key, lambda: pixels(squares()))
             with bad_request("messages", code="invalid_image"):
-                pixels = self.omni.tower_inputs([data])
-            return Picture(key, lambda: pixels)
+                decoded = squares()
+            return Picture(key, lambda: pixels(decoded))
 
         return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
 
@@ -165,10 +175,14 @@ class Service:
         """The request for an answer to ("user" | "assistant", text) messages, the image in front of them."""
         with bad_request("messages"):
             ids = self.omni.first_turns(messages)
-        features = None if picture is None else lambda: self.omni.encode_pixels(picture.pixels())[0]
+        features = None if picture is None else UnreadImage(picture.pixels, self._encode)
         key = "no image" if picture is None else picture.key
         request = Request(Task.MMU, ids, features, sampling=sampling, num_samples=num_samples, keep_state=keep_state, prefix_key=key)
         return self._with_room(request)
+
+    def _encode(self, pixels: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Features [b, k, vision_dim] of the pixels of b pictures."""
+        return self.omni.encode_pixels({name: torch.cat([of_picture[name] for of_picture in pixels]) for name in pixels[0]})
 
     def next_question(self, past: Conversation, text: str, sampling: SamplingParams, num_samples: int, *, keep_state: bool) -> Request:
         """The request for an answer to the next question of a conversation that was kept."""
