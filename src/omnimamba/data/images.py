@@ -119,6 +119,8 @@ class LazyImages:
         self.broken = broken or BrokenImages()
         self.position = {name: i for i, name in enumerate(self.names)}
         self.pool = ThreadPoolExecutor(num_threads)
+        self.is_resized = False
+        """Whether one of those decoded so far had another size. As long as none had, `resize` is of no account."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -133,7 +135,13 @@ class LazyImages:
 
     def decode(self, i: int) -> Tensor | None:
         name = self.names[i]
-        return decode_image(name, lambda: self.read(name), self.size, self.resize, self.broken)
+        return decode_image(name, lambda: self.read(name), self.size, self.resized, self.broken)
+
+    def resized(self, image: Image.Image, size: int) -> Image.Image:
+        if image.size == (size, size):
+            return image
+        self.is_resized = True
+        return self.resize(image, size)
 
 
 class InMemoryImages:

@@ -3,27 +3,37 @@
     python -m omnimamba.train.ablations recipes/ablations data.folder=EMOJI
 
 Each variant and seed is a chain of recipes, each starting from the model of the one before; the last model is scored on the emoji
-benchmark. What is finished is not run again, so the command can be interrupted, given more seeds, or split over machines.
+benchmark. Stages that variants have in common are trained once for a seed. What is finished is not run again, so the command can be
+interrupted, given more seeds, or split over machines. With `--jobs` several run at once, spread over the GPUs; what one writes is in its
+`log.txt`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
+import gc
 import json
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from omnimamba.config import nearest_name
-from omnimamba.engine.omnimamba import OmniMamba
+from omnimamba.data.kept import Kept
+from omnimamba.engine.omnimamba import OmniMamba, resolve_device
 from omnimamba.eval.emoji import evaluate
 from omnimamba.model.files import whole_file
 from omnimamba.train.config import read_recipe
+from omnimamba.train.interrupt import Interrupted
 from omnimamba.train.run import train
+from omnimamba.train.workers import LOG_FORMAT, Run, run_all, visible_gpus
 
 logger = logging.getLogger("omnimamba.train")
 CHAIN = ("1-stage1-t2i", "2-stage1-mmu", "3-stage2")
@@ -60,7 +70,9 @@ FIGURES = {
     "painted_top5": "among first five",
 }
 """Figures of the emoji benchmark, and their columns in the table; all are shares."""
-REPORT = "report.json"
+REPORT, LOG, CHANGES = "report.json", "log.txt", "changes.json"
+CUDA_SLOTS, SLOTS = 256, 16
+"""Sequences that the scored model runs at once, on a GPU and elsewhere."""
 
 
 def run_variant(
@@ -74,24 +86,85 @@ def run_variant(
     num_prompts: int,
     limit: int | None,
     device: str,
+    kept: Kept | None = None,
 ) -> None:
-    """Trains and scores one variant with one seed, unless that is done; `steps` is a factor on the recipes' steps and warm-ups."""
+    """Trains and scores one variant with one seed, unless that is done; `steps` is a factor on the recipes' steps and warm-ups.
+
+    kept: what it shares with other runs of this process.
+    """
+    kept = Kept() if kept is None else kept
     variant, folder = VARIANTS[name], out / name / f"seed-{seed}"
     if (folder / REPORT).is_file():
         return
     model: Path | None = None
-    for recipe in variant.recipes:
+    for i, recipe in enumerate(variant.recipes):
         file = recipes / f"{recipe}.toml"
-        changes = [*variant.overrides, *(variant.last_overrides if recipe == variant.recipes[-1] else ())]
-        changes += [f"train.seed={seed}", f"out={folder / recipe}", *([f"init.model={model}"] if model else []), *overrides]
+        stage = out / first_with_stage(name, i) / f"seed-{seed}" / recipe
+        changes = [
+            *stage_overrides(variant, i),
+            f"train.seed={seed}",
+            f"out={stage}",
+            *([f"init.model={model}"] if model else []),
+            *overrides,
+        ]
         planned = read_recipe(file, changes)
         changes += [f"train.{key}={max(1, round(getattr(planned.train, key) * steps))}" for key in ("steps", "warmup")]
-        model = train(file, changes, device=device)
+        with locked(stage.with_name(f"{recipe}.lock")):
+            model = stage / "model"
+            if not is_trained(stage, changes):
+                train(file, changes, device=device, kept=kept)
+                (stage / CHANGES).write_text(json.dumps(changes), encoding="utf-8")
+        free_memory()
     assert model is not None
     split, data = planned.data.val_split, Path(planned.data.folder)
-    report = evaluate(OmniMamba.from_pretrained(model, device=device), data, split=split, limit=limit, num_prompts=num_prompts, seed=0)
+    slots = CUDA_SLOTS if resolve_device(device).type == "cuda" else SLOTS
+    scored = OmniMamba.from_pretrained(model, device=device, num_slots=slots)
+    logger.info("scoring %s on %s", model, split)
+    report = evaluate(scored, data, split=split, limit=limit, num_prompts=num_prompts, seed=0)
     with whole_file(folder / REPORT) as partial:
         partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    del scored
+    free_memory()
+
+
+def stage_overrides(variant: Variant, i: int) -> list[str]:
+    """What variant changes in its recipe i."""
+    return [*variant.overrides, *(variant.last_overrides if i + 1 == len(variant.recipes) else ())]
+
+
+def first_with_stage(name: str, i: int) -> str:
+    """The first variant whose chain is the same up to recipe i: with one seed they share what they have trained there."""
+
+    def chain(variant: Variant) -> list[tuple[str, list[str]]]:
+        return [(recipe, stage_overrides(variant, k)) for k, recipe in enumerate(variant.recipes[: i + 1])]
+
+    return next(other for other, variant in VARIANTS.items() if chain(variant) == chain(VARIANTS[name]))
+
+
+def is_trained(stage: Path, changes: Sequence[str]) -> bool:
+    """Whether the stage is finished, with the same changes to its recipe."""
+    file = stage / CHANGES
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == list(changes)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Within, no other process is in the same place; one that ends leaves it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another run, which trains %s", file.with_suffix(""))
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def free_memory() -> None:
+    """Gives back what a finished stage held on a GPU: recorded steps lie in cycles of references."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def collect(out: Path) -> dict[str, dict[str, list[float]]]:
@@ -151,28 +224,43 @@ def main(
     limit: Annotated[int | None, typer.Option(help="Score on so many drawings only.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs, table.md, results.json and ablations.png.")] = Path("runs/ablations"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process; spread over the GPUs.")] = 1,
 ) -> None:
     """Run the ablations, and write their table and plot."""
-    logging.basicConfig(level=logging.WARNING, format="omnimamba: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     logging.getLogger("omnimamba").setLevel(logging.INFO)
     names = list(variant or VARIANTS)
     if unknown := [name for name in names if name not in VARIANTS]:
         raise typer.BadParameter(f"unknown variant {unknown[0]!r}; {nearest_name(unknown[0], VARIANTS)}")
     if not steps > 0:
         raise typer.BadParameter(f"--steps {steps} is not above 0")
-    for seed in range(seeds):  # seed by seed, so that an interrupted study compares like with like
-        for name in names:
-            logger.info("%s, seed %d", name, seed)
-            run_variant(recipes, name, seed, out, overrides or [], steps=steps, num_prompts=num_prompts, limit=limit, device=device)
-    write_results(out)
+    work = functools.partial(
+        run_variant, recipes, out=out, overrides=overrides or [], steps=steps, num_prompts=num_prompts, limit=limit, device=device
+    )
+    runs = [  # seed by seed, so that an interrupted study compares like with like
+        Run(f"{name}, seed {seed}", out / name / f"seed-{seed}" / LOG, (name, seed)) for seed in range(seeds) for name in names
+    ]
+    runs = [run for run in runs if not run.log.with_name(REPORT).is_file()]
+    try:
+        failed = run_all(runs, work, jobs=jobs, gpus=[] if ":" in device else visible_gpus())
+    except Interrupted as stopped:
+        logger.error("%s", stopped)
+        raise typer.Exit(stopped.exit_code) from None
+    finally:
+        write_results(out)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
+    if failed:
+        logger.error("%d of %d runs failed: %s", len(failed), len(runs), "; ".join(run.name for run in failed))
+        raise typer.Exit(1)
 
 
 def write_results(out: Path) -> None:
     results: dict[str, Any] = collect(out)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(results), encoding="utf-8")
-    plot(results, out / "ablations.png")
+    if results:
+        plot(results, out / "ablations.png")
 
 
 if __name__ == "__main__":

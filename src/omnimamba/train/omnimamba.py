@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from omnimamba.config import Task
 from omnimamba.data.augment import augment, normalise, unit_range
 from omnimamba.data.images import BrokenImages
+from omnimamba.data.kept import Kept
 from omnimamba.data.mixture import EpochSampler, step_rng
 from omnimamba.engine.omnimamba import GenerationDefaults, OmniMamba
 from omnimamba.engine.request import require_int
@@ -63,7 +64,9 @@ class TaskLosses(nn.Module):
 
 
 class OmniMambaObjective(Objective):
-    def __init__(self, recipe: Recipe, device: torch.device, processes: Processes = ALONE) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, processes: Processes = ALONE, kept: Kept | None = None) -> None:
+        """kept: data that runs of this process share; without it the tasks of this one do."""
+        kept = Kept() if kept is None else kept
         init = with_encoders(recipe.init)
         self.recipe = recipe = dataclasses.replace(recipe, init=init)
         self.device, self.processes, train = device, processes, recipe.train
@@ -89,10 +92,10 @@ class OmniMambaObjective(Objective):
             if recipe.data.streaming:
                 self.mmu, self.mmu_sampler = UnderstandingStream(recipe, tok, self.config, broken), SequentialSampler(train.mmu_batch)
             else:
-                self.mmu = UnderstandingData(recipe, recipe.data.train_split, tok, self.config, device, broken)
+                self.mmu = UnderstandingData(recipe, recipe.data.train_split, tok, self.config, device, broken, kept)
                 self.mmu_sampler = EpochSampler(len(self.mmu.samples), train.mmu_batch, train.seed, self.mmu.lengths)
             if recipe.data.val_split:
-                self.val_mmu = UnderstandingData(recipe, recipe.data.val_split, tok, self.config, device, broken)
+                self.val_mmu = UnderstandingData(recipe, recipe.data.val_split, tok, self.config, device, broken, kept)
             if train.standardise_features:
                 if isinstance(self.mmu, UnderstandingData) and not len(self.mmu.images):
                     raise ValueError("train.standardise_features looks at training images, and no conversation is about one")
@@ -103,10 +106,10 @@ class OmniMambaObjective(Objective):
             if recipe.data.streaming:
                 self.t2i, self.t2i_sampler = PaintingStream(recipe, tok, self.vq, broken), SequentialSampler(train.t2i_batch)
             else:
-                self.t2i = PaintingData(recipe, recipe.data.train_split, tok, self.config, self.vq, device, broken)
+                self.t2i = PaintingData(recipe, recipe.data.train_split, tok, self.config, self.vq, device, broken, kept)
                 self.t2i_sampler = EpochSampler(len(self.t2i.captions), train.t2i_batch, train.seed)
             if recipe.data.val_split:
-                self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device, broken)
+                self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device, broken, kept)
         self.losses = distribute(TaskLosses(self.model, train), self.model.backbone.layers, train.parallel, processes, device)
 
     def summary(self) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from omnimamba.config import nearest_name
 from omnimamba.data.images import parquet_files
+from omnimamba.data.kept import Kept
 from omnimamba.data.prepare import train_text_tokenizer
 from omnimamba.data.text import read_captions, read_conversations
 from omnimamba.engine.omnimamba import resolve_device
@@ -23,8 +24,13 @@ from omnimamba.train.stages import STAGES
 logger = logging.getLogger("omnimamba.train")
 
 
-def train(recipe_file: str | Path, overrides: Sequence[str] = (), *, device: str = "auto", show_progress: bool = False) -> Path:
-    """The folder of the finished model. ValueError, before anything is built, for a recipe that cannot run."""
+def train(
+    recipe_file: str | Path, overrides: Sequence[str] = (), *, device: str = "auto", show_progress: bool = False, kept: Kept | None = None
+) -> Path:
+    """The folder of the finished model. ValueError, before anything is built, for a recipe that cannot run.
+
+    kept: for several runs in one process, what a stage of the language model makes of its data; passed to each, they make it once.
+    """
     recipe = read_recipe(recipe_file, overrides)
     if recipe.kind == "tokenizer":
         return train_tokenizer(recipe)
@@ -35,7 +41,7 @@ def train(recipe_file: str | Path, overrides: Sequence[str] = (), *, device: str
             logger.setLevel(logging.ERROR)
         check_share(recipe, processes.size)
         check_graphs(recipe, where, processes.size)
-        objective = make_objective(recipe, where, processes)
+        objective = make_objective(recipe, where, processes, kept)
         return loop.run(objective, recipe, where, processes=processes, show_progress=show_progress)
 
 
@@ -97,7 +103,7 @@ def check_graphs(recipe: Recipe, device: torch.device, num_processes: int) -> No
         raise ValueError(f"train.graphs=true goes with train.recompute=true where blocks have kernels: {reason}")
 
 
-def make_objective(recipe: Recipe, device: torch.device, processes: Processes = ALONE) -> loop.Objective:
+def make_objective(recipe: Recipe, device: torch.device, processes: Processes = ALONE, kept: Kept | None = None) -> loop.Objective:
     if recipe.kind == "vq":
         from omnimamba.train.vq import VQObjective
 
@@ -108,7 +114,7 @@ def make_objective(recipe: Recipe, device: torch.device, processes: Processes = 
         return TowerObjective(recipe, device)
     from omnimamba.train.omnimamba import OmniMambaObjective
 
-    return OmniMambaObjective(recipe, device, processes)
+    return OmniMambaObjective(recipe, device, processes, kept)
 
 
 def train_tokenizer(recipe: Recipe) -> Path:

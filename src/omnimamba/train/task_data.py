@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, nearest_name
 from omnimamba.data.augment import augment
 from omnimamba.data.huggingface import COLUMN, column_captions, column_conversations, open_dataset, open_dataset_images
 from omnimamba.data.images import BrokenImages, Images, InMemoryImages, open_folder_images, open_parquet_images
+from omnimamba.data.kept import Kept, weights_digest
 from omnimamba.data.prepare import image_ids, read_image_ids
 from omnimamba.data.text import Captions, Conversation, read_captions, read_conversations
 from omnimamba.model.vq import VQModel
@@ -31,6 +34,12 @@ LENGTH_MULTIPLE = 16
 NUM_PARTS = 4
 """The labels and the images of an understanding batch fill so many parts of the most that there could be."""
 ROLES = {"human": "user", "gpt": "assistant"}
+Turns = tuple[tuple[str, str], ...]
+MOST_KNOWN_TURNS = 2
+"""Of conversations that are found again; longer ones are rarely repeated."""
+MOST_KNOWN_CAPTIONS = 1 << 16
+PIXELS_AT_ONCE = 64 * 256**2
+"""That the VQ tokenizer encodes."""
 
 
 class MMUBatch(NamedTuple):
@@ -98,17 +107,25 @@ class UnderstandingData:
     """Conversations of a split as ids and labels, and the images they are about."""
 
     def __init__(
-        self, recipe: Recipe, split: str, tok: TextTokenizer, config: OmniMambaConfig, device: torch.device, broken: BrokenImages
+        self,
+        recipe: Recipe,
+        split: str,
+        tok: TextTokenizer,
+        config: OmniMambaConfig,
+        device: torch.device,
+        broken: BrokenImages,
+        kept: Kept,
     ) -> None:
         data, limit = recipe.data, recipe.train.max_text_tokens
         check_text_limit(limit, config)
         self.samples: list[UnderstandingSample] = []
         num_too_long = 0
-        conversations = of_kinds(read_task_conversations(data, split), data.kinds)
+        conversations = of_kinds(kept_conversations(data, split, kept), data.kinds)
+        known = kept.get(("samples", tokenizer_key(recipe, config), limit, data.alignment), dict[Turns, UnderstandingSample | None])
         repeat = data.repeat if split == data.train_split else {}
         repeated = itertools.chain.from_iterable([row] * repeat.get(row.kind, 1) for row in conversations)
         for conversation in (*repeated, *joined(conversations, data.joined, recipe.train.seed)):
-            sample = understanding_sample(tok, conversation, limit, is_alignment=data.alignment)
+            sample = known_sample(tok, conversation, limit, known, is_alignment=data.alignment)
             if sample is None:
                 num_too_long += 1
             else:
@@ -124,7 +141,7 @@ class UnderstandingData:
             )
         self.tok, self.limit, self.by_sample = tok, limit, recipe.train.mean_by_sample
         names = list(dict.fromkeys(sample.image for sample in self.samples if sample.image is not None))
-        self.images = open_images(data, split, names, tower_image_size(config), "naive", device, broken)
+        self.images = open_images(data, split, names, tower_image_size(config), "naive", device, broken, kept)
         self.samples = [sample for sample in self.samples if sample.image is None or sample.image in self.images.position]
         if not self.samples:
             raise ValueError("data.conversations: no sample is left without the images that are missing")
@@ -198,6 +215,25 @@ def understanding_sample(tok: TextTokenizer, conversation: Conversation, limit: 
     except ValueError:
         return None
     return UnderstandingSample(ids, labels, conversation.image, conversation.kind)
+
+
+def known_sample(
+    tok: TextTokenizer,
+    conversation: Conversation,
+    limit: int,
+    known: dict[Turns, UnderstandingSample | None],
+    *,
+    is_alignment: bool,
+) -> UnderstandingSample | None:
+    """As `understanding_sample`, from what is known, which it is added to: the same is asked about many images, and repeated."""
+    turns = conversation.turns
+    if turns not in known:
+        sample = understanding_sample(tok, conversation, limit, is_alignment=is_alignment)
+        if len(turns) > MOST_KNOWN_TURNS:
+            return sample
+        known[turns] = sample
+    sample = known[turns]
+    return None if sample is None else sample._replace(image=conversation.image, kind=conversation.kind)
 
 
 def count_labels(samples: Iterable[UnderstandingSample]) -> int:
@@ -302,9 +338,10 @@ class PaintingData:
         vq: VQModel | None,
         device: torch.device,
         broken: BrokenImages,
+        kept: Kept,
     ) -> None:
         data = recipe.data
-        captions = read_task_captions(data, split)
+        captions = kept_captions(data, split, kept)
         if data.tokens:
             file = Path(data.folder) / data.tokens.replace("{split}", split)
             by_image = {name: ids[None] for name, ids in read_image_ids(file, config.num_image_tokens, config.image_vocab_size).items()}
@@ -313,16 +350,17 @@ class PaintingData:
         else:
             assert vq is not None
             names = [row.image for row in captions]
-            images = open_images(data, split, names, config.vq.image_size, "crop", device, broken)
+            images = open_images(data, split, names, config.vq.image_size, "crop", device, broken, kept)
             num_versions = data.versions if split == data.train_split else 1
-            versions = [image_ids(vq, images, change=changed_version(recipe, version, device)) for version in range(num_versions)]
+            encoder = (*images_key(data, split, names, device), repr(config.vq), weights_digest(vq))
+            versions = [version_ids(recipe, version, vq, images, encoder, kept) for version in range(num_versions)]
             by_image = {name: torch.stack([ids[name] for ids in versions]) for name in versions[0]}
         captions = [row for row in captions if row.image in by_image]
         if not captions:
             raise ValueError("data.captions: no caption is left without the images that are missing")
         self.tok, self.captions = tok, [row.captions for row in captions]
         self.image_ids = torch.stack([by_image[row.image] for row in captions])
-        self.null_ids = layout.t2i_training_ids(tok, None)
+        self.training_ids = functools.lru_cache(MOST_KNOWN_CAPTIONS)(functools.partial(layout.t2i_training_ids, tok))
 
     def batch(self, idx: list[int], rng: Any, dropout: float, processes: Processes = ALONE) -> T2IBatch:
         """This process's share of the images of a step, each with one of its captions and versions at random, some captions dropped."""
@@ -330,10 +368,22 @@ class PaintingData:
         drawn = [(i, rng.random() < dropout, rng.integers(len(self.captions[i])), rng.integers(num_versions)) for i in idx]
         rows, mine = [], []
         for i, is_dropped, choice, version in processes.share(drawn):
-            rows.append(self.null_ids if is_dropped else layout.t2i_training_ids(self.tok, self.captions[i][choice]))
+            rows.append(self.training_ids(None if is_dropped else self.captions[i][choice]))
             mine.append((i, int(version)))
         image_ids = self.image_ids[tuple(zip(*mine, strict=True))].long()
         return T2IBatch(torch.tensor(rows), image_ids, torch.tensor(float(len(idx) * k)))
+
+
+def version_ids(recipe: Recipe, version: int, vq: VQModel, images: Images, encoder: tuple[Hashable, ...], kept: Kept) -> dict[str, Tensor]:
+    """VQ ids [k] by name of a version of the images. encoder: which images these are, and what encodes them."""
+    key = ("VQ ids", *encoder, *((version, recipe.augment_painting, recipe.train.seed) if version else ()))
+    if (ids := kept.find(key)) is None:
+        device = next(vq.parameters()).device
+        batch = max(1, PIXELS_AT_ONCE // images.size**2)
+        ids = image_ids(vq, images, batch=batch, change=changed_version(recipe, version, device))
+        if len(ids) == len(images):  # what is broken is noted by each run
+            kept.keep(key, ids)
+    return ids
 
 
 def changed_version(recipe: Recipe, version: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:
@@ -342,6 +392,29 @@ def changed_version(recipe: Recipe, version: int, device: torch.device) -> Calla
         return None
     generator = torch.Generator(device).manual_seed(recipe.train.seed * 1_000_003 + version)
     return lambda images: augment(images, recipe.augment_painting, generator)
+
+
+def text_key(data: Data, name: str, split: str) -> tuple[Hashable, ...]:
+    """What the texts of a split depend on. name: of their file or column."""
+    return data.folder, data.images, data.image_column, name, split
+
+
+def images_key(data: Data, split: str, names: list[str], device: torch.device) -> tuple[Hashable, ...]:
+    """What the images of a split depend on, but for their size."""
+    return data.folder, data.images, data.image_column, split, tuple(names) if data.images == "folder" else (), str(device)
+
+
+def tokenizer_key(recipe: Recipe, config: OmniMambaConfig) -> tuple[Hashable, ...]:
+    """What ids of texts depend on."""
+    return hashlib.sha256(Path(recipe.init.tokenizer).read_bytes()).hexdigest(), config.base_vocab_size, config.eos_id
+
+
+def kept_captions(data: Data, split: str, kept: Kept) -> list[Captions]:
+    return kept.get(("captions", *text_key(data, data.captions, split)), lambda: read_task_captions(data, split))
+
+
+def kept_conversations(data: Data, split: str, kept: Kept) -> list[Conversation]:
+    return kept.get(("conversations", *text_key(data, data.conversations, split)), lambda: read_task_conversations(data, split))
 
 
 def read_task_captions(data: Data, split: str) -> list[Captions]:
@@ -358,16 +431,35 @@ def read_task_conversations(data: Data, split: str) -> list[Conversation]:
     return read_conversations(Path(data.folder) / data.conversations.replace("{split}", split))
 
 
-def open_images(data: Data, split: str, names: list[str], size: int, resize: str, device: torch.device, broken: BrokenImages) -> Images:
-    """The named images of a split, decoded beforehand if the recipe says so; those that are missing are noted as broken."""
+def open_images(
+    data: Data, split: str, names: list[str], size: int, resize: str, device: torch.device, broken: BrokenImages, kept: Kept
+) -> Images:
+    """The named images of a split, decoded beforehand if the recipe says so; those that are missing are noted as broken.
+
+    Decoded ones are kept where none is broken or missing; under no `resize` where all were of this size.
+    """
+    key = ("images", *images_key(data, split, names, device), size)
+    images: Images | None = None
+    if data.in_memory and (images := kept.find(key) or kept.find((*key, resize))) is not None:
+        note_missing(data, split, names, images, broken)
+        return images
     if data.images == "folder":
-        images = open_folder_images(data.folder, names, size, resize=resize, num_threads=data.num_threads, broken=broken)
+        lazy = open_folder_images(data.folder, names, size, resize=resize, num_threads=data.num_threads, broken=broken)
+    elif data.images == "parquet":
+        lazy = open_parquet_images(data.folder, split, size, resize=resize, num_threads=data.num_threads, broken=broken)
     else:
-        if data.images == "parquet":
-            images = open_parquet_images(data.folder, split, size, resize=resize, num_threads=data.num_threads, broken=broken)
-        else:
-            dataset = open_dataset(data.folder, split, data.image_column)
-            images = open_dataset_images(dataset, data.image_column, size, resize=resize, num_threads=data.num_threads, broken=broken)
-        missing = [name for name in names if name not in images.position]
-        broken.note_missing(missing, f"{data.folder}: {len(missing)} images are not in the {split} split")
-    return InMemoryImages(images, device) if data.in_memory else images
+        dataset = open_dataset(data.folder, split, data.image_column)
+        lazy = open_dataset_images(dataset, data.image_column, size, resize=resize, num_threads=data.num_threads, broken=broken)
+    if data.images != "folder":
+        note_missing(data, split, names, lazy, broken)
+    if not data.in_memory:
+        return lazy
+    images = InMemoryImages(lazy, device)
+    if len(images) == len(lazy) and all(name in images.position for name in names):
+        kept.keep((*key, resize) if lazy.is_resized else key, images)
+    return images
+
+
+def note_missing(data: Data, split: str, names: list[str], images: Images, broken: BrokenImages) -> None:
+    missing = [name for name in names if name not in images.position]
+    broken.note_missing(missing, f"{data.folder}: {len(missing)} images are not in the {split} split")
