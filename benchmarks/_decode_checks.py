@@ -1,10 +1,12 @@
 """Whether decoding with the fused kernels is right: steps and tokens against those of the plain path.
 
 A benchmark of the kernels calls this first and times nothing that is wrong. Models of few layers; several slots out of order, padding
-rows, both tasks in one batch, poisoned buffers; one and two rows by the vector kernels, more by matrix products.
+rows, both tasks in one batch, poisoned buffers; one and two rows by the kernel of a whole step and by the vector kernels, more by matrix
+products.
 """
 
 import dataclasses
+import itertools
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -47,7 +49,7 @@ CHECKS = (
 
 def differences(config: OmniMambaConfig, device: str, checks: Sequence[Check] = CHECKS) -> dict[str, list[str]]:
     """What differs from the plain path, by the kernels of a step (see `FusedDecoder.path`) and in the whole engine; printed, too."""
-    found: dict[str, list[str]] = {"vector": [], "matrix": [], "engine": []}
+    found: dict[str, list[str]] = {"one launch": [], "vector": [], "matrix": [], "engine": []}
     try:
         for check in checks:
             for path, wrong in wrong_results(config, check, device):
@@ -86,7 +88,8 @@ def wrong_results(config: OmniMambaConfig, check: Check, device: str) -> Iterato
         "filtered": samples(((1, 1), Task.T2I, filtered), ((0, 0), Task.MMU, filtered), ((5, 5), Task.MMU, greedy)),
         "many": samples(*(((slot, slot), Task.T2I if slot % 3 else Task.MMU, drawn) for slot in (10, 2, 7, 1, 0, 9, 5))),
     }
-    for name in check.batches:
+    checked: set[tuple[str, str]] = set()  # batches, and how they were computed
+    for name, use_one_launch in itertools.product(check.batches, (None, False)):
         batch = batches[name]
         runner, expected_runner = Runner(model, 11, ssm_dtype=check.ssm_dtype), Runner(reference, 11)
         for state in (runner.state, expected_runner.state):
@@ -94,8 +97,12 @@ def wrong_results(config: OmniMambaConfig, check: Check, device: str) -> Iterato
             state.conv.copy_(torch.randn(state.conv.shape, device=device).to(check.dtype))
             state.ssm.copy_(torch.randn(state.ssm.shape, device=device).to(check.ssm_dtype))
             state.position.copy_(torch.arange(11) * 7 % 13)
-        decoder = FusedDecoder(model, runner.state, runner.image_table, options=DecodeOptions(max_steps=1))
+        options = DecodeOptions(max_steps=1, use_one_launch=use_one_launch)
+        decoder = FusedDecoder(model, runner.state, runner.image_table, options=options)
         path = decoder.path(decoder.bucket(len(rows_of(batch))).b)
+        if (name, path) in checked:
+            continue
+        checked.add((name, path))
         expected_runner.image_table.copy_(runner.image_table)
         before = runner.state.clone()
         decoder.logits(batch)  # makes the buffers

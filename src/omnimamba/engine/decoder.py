@@ -20,10 +20,11 @@ from omnimamba.engine.sampler import SamplingRows, guide, sample, signed
 from omnimamba.model.mamba2 import Mamba2Block
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
+from omnimamba.ops.cuda.backbone_step import BackboneStep, Buffers, Shape, device_shape
 from omnimamba.ops.quant import QuantizedWeight
 from omnimamba.ops.triton import decode as kernels
 from omnimamba.ops.triton import decode_sample as sampling
-from omnimamba.ops.triton.decode import Embedding, Lora, MixerWeights, Shift, Weight
+from omnimamba.ops.triton.decode import Embedding, LayerWeights, Lora, MixerWeights, Shift, Weight
 from omnimamba.ops.triton.decode_sample import Partial, Rows
 
 
@@ -35,26 +36,14 @@ class DecodeOptions:
     """None: on a GPU."""
     use_pdl: bool | None = None
     """Programmatic dependent launch; None: where the GPU has it."""
+    use_one_launch: bool | None = None
+    """All layers and the heads in one launch (`ops/cuda/backbone_step.py`); None: where it can."""
     max_vector_rows: int = 2
-    """Up to so many rows, a block is three launches that multiply matrix and vectors; above, projections are matrix products of cuBLAS."""
+    """Up to so many rows, a layer is three launches that multiply matrix and vectors; above, projections are matrix products of cuBLAS."""
     max_split_rows: int = 64
     """Up to so many rows, out_proj is a product of our own, in parts that the next norm adds up."""
     max_steps: int = 16
     """Steps of a block at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    norm: Tensor
-    in_proj: Weight
-    packed: Tensor | None
-    """in_proj and, below it, the LoRA A of both tasks [n + 2 * r, d], for one matrix product; None if in_proj is quantised."""
-    lora: Lora
-    mixer: MixerWeights
-    gated_norm: Tensor
-    out_proj: Weight
-    conv: Tensor
-    ssm: Tensor
 
 
 class _Bucket:
@@ -116,6 +105,7 @@ class FusedDecoder:
         self._graphs: dict[tuple[int, frozenset[Task], bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
         self._workspace: dict[tuple[str, int], Tensor] = {}
+        self._launches: dict[tuple[int, frozenset[Task]], BackboneStep] = {}
 
     # ---- blocks of steps
 
@@ -214,15 +204,31 @@ class FusedDecoder:
         b, rows = bucket.b, bucket.rows
         residual = self._buffer("residual", b, self.config.backbone.d_model, torch.float32)
         kernels.embed(rows.tokens, rows.is_t2i, rows.slots, self.state.position, self.embedding, residual, pdl=self.pdl)
-        step = self._vector_step if self.path(b) == "vector" else self._matrix_step
+        step = {"one launch": self._one_launch, "vector": self._vector_step, "matrix": self._matrix_step}[self.path(b)]
         return step(b, rows, residual, tasks)
 
     def path(self, b: int) -> str:
-        """How a bucket of b rows is computed: `vector` or `matrix`, see `DecodeOptions.max_vector_rows`."""
-        return "vector" if b <= self.options.max_vector_rows else "matrix"
+        """How a bucket of b rows is computed: `one launch`, `vector` or `matrix`, see `DecodeOptions`."""
+        if b > self.options.max_vector_rows:
+            return "matrix"
+        return "one launch" if self.options.use_one_launch is not False and self._shape(b) else "vector"
+
+    def _shape(self, b: int) -> Shape | None:
+        return device_shape(self.layers[0], list(self.heads.values()), b, self.device)
+
+    def _one_launch(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
+        """Logits [b, v] of each task, by a kernel that goes through all layers."""
+        logits = self._vector_logits(b, tasks)
+        if (b, tasks) not in self._launches:
+            shape = self._shape(b)
+            assert shape is not None
+            heads, buffers = [self.heads[task] for task in logits], Buffers(rows.slots, rows.is_t2i, residual, list(logits.values()))
+            self._launches[b, tasks] = BackboneStep(shape, self.layers, self.final_norm, heads, buffers, eps=self.eps)
+        self._launches[b, tasks]()
+        return logits
 
     def _vector_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
-        """Logits [b, v] of each task, by products of matrix and vector."""
+        """The same by products of matrix and vector."""
         config = self.config.backbone
         projected = self._buffer("projected", b, self._width, torch.float32)
         y = self._buffer("y", b, config.d_inner, torch.float32)
@@ -234,11 +240,13 @@ class FusedDecoder:
                 y, layer.gated_norm, layer.out_proj, residual, eps=self.eps, add=True, shift=Shift(layer.conv, rows.slots, newest),
                 pdl=self.pdl,
             )  # fmt: skip
-        logits = {}
+        logits = self._vector_logits(b, tasks)
         for task in tasks:
-            logits[task] = self._buffer(f"{task} logits", b, self.heads[task].values.shape[0], torch.float32)
             kernels.project(residual, self.final_norm, self.heads[task], logits[task], eps=self.eps, pdl=self.pdl)
         return logits
+
+    def _vector_logits(self, b: int, tasks: frozenset[Task]) -> dict[Task, Tensor]:
+        return {task: self._buffer(f"{task} logits", b, self.heads[task].values.shape[0], torch.float32) for task in tasks}
 
     def _matrix_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
         """The same by matrix products, in the model's dtype."""
@@ -317,7 +325,7 @@ def multiply(u: Tensor, weight: Weight, out: Tensor) -> None:
         torch.mul(u @ weight.values.to(u.dtype).T, weight.scale, out=out)
 
 
-def multiply_with_lora(u: Tensor, layer: _Layer, out: Tensor) -> None:
+def multiply_with_lora(u: Tensor, layer: LayerWeights, out: Tensor) -> None:
     """out [b, n + 2 * r] = u @ in_proj.T, followed by u @ lora_A.T."""
     if layer.packed is not None:
         torch.mm(u, layer.packed.T, out=out)
@@ -344,7 +352,7 @@ def pack(parts: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def pack_layer(block: nn.Module, conv: Tensor, ssm: Tensor) -> _Layer:
+def pack_layer(block: nn.Module, conv: Tensor, ssm: Tensor) -> LayerWeights:
     assert isinstance(block, Mamba2Block)
     mixer = block.mixer
     in_proj = mixer.in_proj
@@ -359,7 +367,7 @@ def pack_layer(block: nn.Module, conv: Tensor, ssm: Tensor) -> _Layer:
     if isinstance(in_proj.weight, Tensor):
         packed = pack([in_proj.weight, *(in_proj.lora_A[task] for task in pairs)] if in_proj.lora_A else [in_proj.weight, A])
         A = packed[n:]
-    return _Layer(
+    return LayerWeights(
         norm=block.norm.weight,
         in_proj=weight_of(in_proj.weight),
         packed=packed,

@@ -58,6 +58,25 @@ class MixerWeights(NamedTuple):
     dt_bias: Tensor  # [h]
 
 
+class LayerWeights(NamedTuple):
+    """A layer and its states."""
+
+    norm: Tensor
+    """[d]"""
+    in_proj: Weight
+    packed: Tensor | None
+    """in_proj and, below it, the LoRA A of both tasks [n + 2 * r, d], for one matrix product; None if in_proj is quantised."""
+    lora: Lora
+    mixer: MixerWeights
+    gated_norm: Tensor
+    """[h * p]"""
+    out_proj: Weight
+    conv: Tensor
+    """[slots, c, w]"""
+    ssm: Tensor
+    """[slots, h, p, n]"""
+
+
 @functools.cache
 def has_dependent_launch(device: torch.device) -> bool:
     """Programmatic dependent launch exists from compute capability 9.0 on."""

@@ -1,0 +1,769 @@
+// One position of the whole Mamba-2 backbone and its heads, for a batch of few rows, in one launch: a block per multiprocessor, all of
+// them at work at once.
+//
+// At few rows the time is that of reading the weights. So one warp of a block does nothing but stream the block's rows of all matrices,
+// in the order of their use, through a ring of shared memory (bulk copies that complete on mbarriers); it never waits for a result, only
+// for a free stage. What the other warps wait for each other's numbers, they make up from the ring, which is then full: the memory
+// never rests. Behind such a stream a load from memory takes microseconds; all else that a layer needs is therefore copied a layer
+// ahead, by another warp (`Extras`).
+//
+// A block has its share of the channels of d_inner: it alone computes their z and x and keeps their states. B, C, dt and LoRA's A u,
+// which all blocks need, are shared out, too, and come first, so that they are everywhere when z and x are done. Blocks wait for
+// numbers twice a layer: for y, and for the residual stream. No barrier is needed: numbers carry a tag (`publish`), and a block writes
+// new ones only after it has received what all others made of the old ones.
+//
+// The definitions are `Mamba2Backbone.step` and what it calls. Activations are fp32 but for their lowest bit; other numbers that are
+// not weights of matrices are bf16 or fp32.
+//
+// The including code defines D_MODEL, D_INNER, NUM_HEADS, D_STATE, RANK, NUM_ROWS, LAYER_WEIGHTS and HEAD_WEIGHTS (Bf16, Int8 or Fp8),
+// HALF_STATE (0 or 1), CHANNELS (of a warp in the state update), SLICES (warps that share a row), NUM_STAGES and SHARED_BYTES.
+
+__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+
+constexpr int WARP = 32;
+constexpr int VECTOR = 8;                       // columns of a matrix that a lane takes at once
+constexpr int CHUNK = SLICES * WARP * VECTOR;    // columns that the warps of a group take at once
+constexpr int NUM_WARPS = 16;                   // that compute
+constexpr int GROUPS = NUM_WARPS / SLICES;      // of SLICES warps, which take the stages of the ring in turn
+constexpr int CONSUMERS = NUM_WARPS * WARP;
+constexpr int THREADS = CONSUMERS + 2 * WARP;  // and the two warps that copy
+constexpr int STAGE_BYTES = 8 * D_MODEL;
+constexpr int IN_FLIGHT = 3;  // stages under way at once: enough to keep the memory busy; behind more, the blocks' numbers would wait
+constexpr int SEGMENT = min_of(72, CONSUMERS / NUM_ROWS / 8 * 8);  // rows of a matrix whose sums are in shared memory at once
+constexpr int UNIT = 8;                                            // channels that no share divides: 16 bytes of anything
+
+constexpr int D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + NUM_HEADS;
+constexpr int NUM_COMMON = 2 * D_STATE + NUM_HEADS;  // rows of in_proj that all blocks need: B, C, dt
+constexpr int D_COMMON = NUM_COMMON + 2 * RANK;
+constexpr int HEADDIM = D_INNER / NUM_HEADS;
+constexpr int PER_LANE = D_STATE / WARP;  // numbers of a state that a lane has
+constexpr int BLOCK_CHANNELS = CHANNELS * NUM_WARPS;
+constexpr int CONV_CHANNELS = 2 * D_STATE + BLOCK_CHANNELS;  // that a block computes: B, C and its own of x
+constexpr int STATE_BYTES = HALF_STATE ? 2 : 4;             // of a number
+
+static_assert(D_MODEL % CHUNK == 0 && D_INNER % CHUNK == 0);
+static_assert(PER_LANE == 2 || PER_LANE == 4);
+static_assert(NUM_STAGES % GROUPS == 0);     // a stage is always the same group's: none waits for a phase after the next
+static_assert(CONV_CHANNELS <= CONSUMERS);  // one for each thread
+static_assert(NUM_HEADS % UNIT == 0 && D_STATE % UNIT == 0 && BLOCK_CHANNELS % UNIT == 0);
+
+// ---- matrices of which a lane takes VECTOR numbers at once
+
+struct Bf16 {
+    static constexpr int size = 2;
+    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
+        const uint4 pairs = *(const uint4*)from;
+        const u32 bits[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            w[2 * i] = float_of(bits[i] << 16);
+            w[2 * i + 1] = float_of(bits[i] & 0xffff0000u);
+        }
+    }
+};
+
+struct Int8 {
+    static constexpr int size = 1;
+    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
+        const uint2 bytes = *(const uint2*)from;
+        widen_int8(bytes.x, w);
+        widen_int8(bytes.y, w + 4);
+    }
+};
+
+struct Fp8 {
+    static constexpr int size = 1;
+    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
+        const uint2 bytes = *(const uint2*)from;
+        widen_fp8((u16)bytes.x, w);
+        widen_fp8((u16)(bytes.x >> 16), w + 2);
+        widen_fp8((u16)bytes.y, w + 4);
+        widen_fp8((u16)(bytes.y >> 16), w + 6);
+    }
+};
+
+// ---- what the host passes
+
+struct Layer {
+    const char* in_proj;          // [D_IN_PROJ, D_MODEL]
+    const float* in_proj_scale;   // [D_IN_PROJ], null for bf16
+    const char* lora_A;           // [2 * RANK, D_MODEL] bf16
+    const u16* lora_B;            // [2, D_IN_PROJ, RANK]
+    const u16* norm;              // [D_MODEL]
+    const u16* conv_weight;       // [CONV_DIM, 4]
+    const u16* conv_bias;         // [CONV_DIM]
+    const float* A_log;           // [NUM_HEADS]
+    const float* D;               // [NUM_HEADS]
+    const float* dt_bias;         // [NUM_HEADS]
+    const u16* gated_norm;        // [D_INNER]
+    const char* out_proj;         // [D_MODEL, D_INNER]
+    const float* out_proj_scale;  // [D_MODEL], null for bf16
+    u16* conv;                    // [slots, CONV_DIM, 4]
+    char* ssm;                    // [slots, NUM_HEADS, HEADDIM, D_STATE]
+};
+
+struct Head {
+    const char* values;  // [size, D_MODEL]
+    const float* scale;  // [size], null for bf16
+    float* logits;       // [NUM_ROWS, size]
+    long long size;
+};
+
+struct Rows {
+    const long long* slots;   // [NUM_ROWS], negative: nothing is stored for the row
+    const long long* is_t2i;  // [NUM_ROWS]
+};
+
+struct Arguments {
+    const Layer* layers;
+    const Head* heads;
+    const u16* final_norm;  // [D_MODEL]
+    Rows rows;
+    const float* embedded;  // [NUM_ROWS, D_MODEL]
+    float* residual;        // [NUM_ROWS, D_MODEL], published, as are the next two; all zero before the first launch
+    float* common;          // [NUM_ROWS, D_COMMON]
+    float* y;               // [NUM_ROWS, D_INNER]
+    u32* counters;          // [3]: the last tags of the residual stream and of all else; blocks that have ended
+    long long conv_slot, ssm_slot;  // numbers from one slot to the next
+    int num_layers, num_heads;
+    float eps, lora_scaling;
+};
+
+// ---- what a block has of it
+
+struct Share {
+    int first, num;
+
+    // As even a part of n things as can be.
+    __device__ explicit Share(int n) {
+        const int each = n / gridDim.x, more = n % gridDim.x, block = blockIdx.x;
+        first = block * each + min(block, more);
+        num = each + (block < more);
+    }
+
+    __device__ Share(int first, int num) : first(first), num(num) {}
+};
+
+// Whole units of channels; the first blocks have one more.
+__device__ __forceinline__ Share channels_of_block() {
+    const Share units(D_INNER / UNIT);
+    return {units.first * UNIT, units.num * UNIT};
+}
+
+// Of the rows that all blocks need, so many that a block has as many rows as any other, counted from the last block. First those of
+// in_proj, then LoRA's A.
+struct CommonShare {
+    int first, num_projected, first_lora, num_lora;
+
+    __device__ CommonShare() {
+        const int grid = gridDim.x, each = D_INNER / UNIT / grid, num_large = D_INNER / UNIT % grid;
+        const int rows = (2 * D_INNER + D_COMMON + grid - 1) / grid;
+        const int room = max(0, rows - 2 * UNIT * each), room_large = max(0, rows - 2 * UNIT * (each + 1));
+        const int from_last = grid - 1 - blockIdx.x, num_small = grid - num_large;
+        const int begin = min(from_last, num_small) * room + max(0, from_last - num_small) * room_large;
+        const int end = min(D_COMMON, begin + (from_last < num_small ? room : room_large));
+        first = begin;
+        num_projected = max(0, min(end, NUM_COMMON) - begin);
+        first_lora = max(0, begin - NUM_COMMON);
+        num_lora = max(0, end - max(begin, NUM_COMMON));
+    }
+};
+
+// What a layer needs beside its matrices, as it is copied.
+struct Extras {
+    u16 taps[CONV_CHANNELS][4], past[NUM_ROWS][CONV_CHANNELS][4];
+    u16 bias[CONV_CHANNELS];
+    u16 lora[NUM_ROWS][CONV_CHANNELS][RANK], z_lora[NUM_ROWS][BLOCK_CHANNELS][RANK], dt_lora[NUM_ROWS][NUM_HEADS][RANK];
+    float A_log[NUM_HEADS], D[NUM_HEADS], dt_bias[NUM_HEADS];
+    char states[NUM_ROWS][BLOCK_CHANNELS][D_STATE * STATE_BYTES];
+};
+
+struct Norms {
+    u16 norm[D_MODEL], gated_norm[D_INNER];
+};
+
+struct Shared {
+    Extras extras;   // of one layer
+    Norms norms[2];  // of two layers in turn
+    float vector[NUM_ROWS][D_INNER];  // what is multiplied
+    float partial[2][SEGMENT][NUM_ROWS][SLICES];
+    float squares[NUM_ROWS][NUM_WARPS];
+    float z_x[2][NUM_ROWS][BLOCK_CHANNELS];
+    float B_C[NUM_ROWS][2 * D_STATE], newest[NUM_ROWS][2 * D_STATE];  // after the convolution and before
+    float decay[NUM_ROWS][BLOCK_CHANNELS], input[NUM_ROWS][BLOCK_CHANNELS];
+    float skipped[NUM_ROWS][BLOCK_CHANNELS], gate[NUM_ROWS][BLOCK_CHANNELS];
+    u64 full[NUM_STAGES], empty[NUM_STAGES];
+    u64 extras_full, extras_empty;
+};
+
+static_assert(sizeof(Shared) <= SHARED_BYTES);
+
+__device__ __forceinline__ void sync_consumers() { named_sync<CONSUMERS>(); }
+
+// ---- the ring
+
+__device__ __forceinline__ char* stage_at(int stage) { return dynamic_shared() + stage * STAGE_BYTES; }
+
+// A place in the ring and how often, modulo 2, it has been gone round.
+struct Place {
+    int stage = 0;
+    u32 lap = 0;
+
+    __device__ __forceinline__ void advance(int num) {
+        stage += num;
+        if (stage >= NUM_STAGES) stage -= NUM_STAGES, lap ^= 1;
+    }
+};
+
+// The streaming thread's side: the next stage, and the oldest that may be under way.
+struct Source {
+    Shared& shared;
+    Place place, oldest;
+    int in_flight = 0;
+
+    // The rows [first, first + num) of a matrix of so many columns.
+    template <class Weights>
+    __device__ __forceinline__ void stream(const char* matrix, int first, int num, int columns) {
+        const int row_bytes = columns * Weights::size;
+        const char* from = matrix + (long long)first * row_bytes;
+#pragma unroll 1
+        for (int left = num * row_bytes; left > 0; left -= STAGE_BYTES, from += STAGE_BYTES) {
+            const u32 bytes = min(left, STAGE_BYTES);
+            u64* full = &shared.full[place.stage];
+            barrier_wait(&shared.empty[place.stage], place.lap ^ 1);  // at once in the first lap
+            if (in_flight == IN_FLIGHT) {
+                barrier_wait(&shared.full[oldest.stage], oldest.lap);
+                oldest.advance(1);
+            } else {
+                in_flight++;
+            }
+            barrier_expect(full, bytes);
+            bulk_copy(stage_at(place.stage), from, bytes, full);
+            place.advance(1);
+        }
+    }
+};
+
+// The other warps' side: the next stage of this warp's group, and how many stages of other groups come before it.
+struct Sink {
+    Shared& shared;
+    int slice = warp_index() % SLICES, group = warp_index() / SLICES;
+    Place place;
+    int ahead = group;
+    u32 segment = 0;  // of all matrices so far
+
+    __device__ explicit Sink(Shared& shared) : shared(shared) { place.advance(group); }
+};
+
+// ---- sums over the lanes of a warp
+
+__device__ __forceinline__ float sum_lanes(float value) {
+#pragma unroll
+    for (int mask = WARP / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
+}
+
+// The sums over lanes of `num` values, a power of two: values[0] becomes that of value lane / (WARP / num).
+template <int num>
+__device__ __forceinline__ void sum_lanes_of(float (&values)[num], int lane) {
+    static_assert(num <= WARP && (num & (num - 1)) == 0);
+    int mask = WARP / 2;
+#pragma unroll
+    for (int half = num / 2; half; half /= 2, mask /= 2) {
+        const bool is_upper = lane & mask;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float given = is_upper ? values[i] : values[i + half];
+            const float kept = is_upper ? values[i + half] : values[i];
+            values[i] = kept + shuffle_xor(given, mask);
+        }
+    }
+#pragma unroll
+    for (int rest = WARP / num / 2; rest; rest /= 2) values[0] += shuffle_xor(values[0], rest);
+}
+
+// ---- products of the streamed matrices with vectors
+
+__device__ __forceinline__ float4 four_bf16(uint2 bits) {
+    return make_float4(float_of(bits.x << 16), float_of(bits.x & 0xffff0000u), float_of(bits.y << 16), float_of(bits.y & 0xffff0000u));
+}
+
+// A vector of K numbers spread over the threads of a group: value [j * VECTOR + i] of a lane is that of column
+// j * CHUNK + (slice * WARP + lane) * VECTOR + i.
+template <int K>
+struct Vector {
+    static constexpr int NUM = K / (SLICES * WARP);
+    float values[NUM_ROWS][NUM];
+};
+
+__device__ __forceinline__ int first_column() { return threadIdx.x % (SLICES * WARP) * VECTOR; }
+
+// Of the columns that threads receive, four in a row are the same thread's.
+constexpr int ROUND = 4 * CONSUMERS;
+
+// The published rows x [NUM_ROWS, K], normed.
+template <int K>
+__device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, const u16* norm, float eps, Shared& shared) {
+    constexpr int NUM = (K + ROUND - 1) / ROUND;
+    const int column = 4 * (int)threadIdx.x;
+#pragma unroll
+    for (int b = 0; b < NUM_ROWS; b++) {
+        float squares = 0;
+        if (column < K) {
+            const float* from = x + b * K + column;
+            uint4 words[NUM];
+#pragma unroll
+            for (int j = 0; j < NUM; j++) words[j] = peek4(from + j * ROUND);
+#pragma unroll
+            for (int j = 0; j < NUM; j++) {
+                const float4 n = receive4(words[j], from + j * ROUND, tag), weights = four_bf16(*(const uint2*)(norm + j * ROUND + column));
+                squares += n.x * n.x + n.y * n.y + n.z * n.z + n.w * n.w;
+                float4& out = *(float4*)&shared.vector[b][j * ROUND + column];
+                out = make_float4(n.x * weights.x, n.y * weights.y, n.z * weights.z, n.w * weights.w);
+            }
+        }
+        squares = sum_lanes(squares);
+        if (threadIdx.x % WARP == 0) shared.squares[b][threadIdx.x / WARP] = squares;
+    }
+    sync_consumers();
+    Vector<K> result;
+#pragma unroll
+    for (int b = 0; b < NUM_ROWS; b++) {
+        float squares = 0;
+#pragma unroll
+        for (int warp = 0; warp < NUM_WARPS; warp += 4) {
+            const float4 four = *(const float4*)&shared.squares[b][warp];
+            squares += four.x + four.y + four.z + four.w;
+        }
+        const float scale = 1 / sqrtf(squares / K + eps);
+#pragma unroll
+        for (int i = 0; i < Vector<K>::NUM; i += 4) {
+            const float4 n = *(const float4*)&shared.vector[b][i / VECTOR * CHUNK + first_column() + i % VECTOR];
+            result.values[b][i] = n.x * scale, result.values[b][i + 1] = n.y * scale;
+            result.values[b][i + 2] = n.z * scale, result.values[b][i + 3] = n.w * scale;
+        }
+    }
+    return result;
+}
+
+// Calls emit(row, b, product, early) for the next `num_rows` rows in the ring, `row` counted from 0; each in one thread, which has
+// called early = prepare(row, b) ahead of the product.
+template <class Weights, int K, class Prepare, class Emit>
+__device__ __forceinline__ void multiply(Sink& sink, const Vector<K>& x, int num_rows, Prepare prepare, Emit emit) {
+    constexpr int TILE = STAGE_BYTES / (K * Weights::size);  // rows of a stage
+    constexpr int PASS = min_of(TILE, 8 / NUM_ROWS);          // rows at once: registers bound them
+    constexpr int NUM = PASS * NUM_ROWS;
+    static_assert(TILE >= 1 && TILE % PASS == 0 && SEGMENT % TILE == 0);
+    const int lane = threadIdx.x % WARP, own_row = threadIdx.x / NUM_ROWS, own_b = threadIdx.x % NUM_ROWS;
+    Shared& shared = sink.shared;
+#pragma unroll 1
+    for (int first = 0; first < num_rows; first += SEGMENT, sink.segment++) {
+        const int num = min(SEGMENT, num_rows - first);
+        const bool emits = own_row < num;
+        const auto early = prepare(first + (emits ? own_row : 0), own_b);
+        auto& partial = shared.partial[sink.segment % 2];
+        int row = sink.ahead * TILE;
+#pragma unroll 1
+        for (; row < num; row += GROUPS * TILE) {
+            barrier_wait(&shared.full[sink.place.stage], sink.place.lap);
+            const char* tile = stage_at(sink.place.stage) + first_column() * Weights::size;
+#pragma unroll 1
+            for (int pass = 0; pass < TILE; pass += PASS) {
+                float sums[NUM] = {};
+#pragma unroll
+                for (int j = 0; j < K / CHUNK; j++) {
+#pragma unroll
+                    for (int r = 0; r < PASS; r++) {
+                        float w[VECTOR];
+                        Weights::load(tile + ((pass + r) * K + j * CHUNK) * Weights::size, w);
+#pragma unroll
+                        for (int b = 0; b < NUM_ROWS; b++) {
+#pragma unroll
+                            for (int i = 0; i < VECTOR; i++) {
+                                float& sum = sums[r * NUM_ROWS + b];
+                                sum = fmaf(w[i], x.values[b][j * VECTOR + i], sum);
+                            }
+                        }
+                    }
+                }
+                __syncwarp();
+                if (pass + PASS == TILE && lane == 0) barrier_arrive(&shared.empty[sink.place.stage]);
+                sum_lanes_of<NUM>(sums, lane);
+                const int which = lane / (WARP / NUM);
+                if (lane % (WARP / NUM) == 0) partial[row + pass + which / NUM_ROWS][which % NUM_ROWS][sink.slice] = sums[0];
+            }
+            sink.place.advance(GROUPS);
+        }
+        sink.ahead = (row - (num + TILE - 1) / TILE * TILE) / TILE;
+        sync_consumers();
+        if (emits) {
+            float sum = 0;
+#pragma unroll
+            for (int s = 0; s < SLICES; s++) sum += partial[own_row][own_b][s];
+            emit(first + own_row, own_b, sum, early);
+        }
+    }
+}
+
+// ---- convolution and state update
+
+__device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
+
+__device__ __forceinline__ float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }  // as in torch
+
+__device__ __forceinline__ float bf16_at(const u16* from) { return float_of((u32)*from << 16); }
+
+// Inputs of a channel and its taps are four bf16, oldest first.
+__device__ __forceinline__ float convolve(uint2 past, float newest, uint2 weights, float bias) {
+    const float4 x = four_bf16(past), taps = four_bf16(weights);
+    return silu(fmaf(newest, taps.w, fmaf(x.w, taps.z, fmaf(x.z, taps.y, fmaf(x.y, taps.x, bias)))));
+}
+
+// The inputs without the oldest and with the newest.
+__device__ __forceinline__ uint2 shifted(uint2 past, float newest) {
+    uint2 result;
+    result.x = past.x >> 16 | past.y << 16;
+    result.y = past.y >> 16 | (u32)to_bf16(newest) << 16;
+    return result;
+}
+
+// A row of LoRA's B times A u.
+__device__ __forceinline__ float times(const u16* lora, const float (&low)[RANK]) {
+    float sum = 0;
+#pragma unroll
+    for (int r = 0; r < RANK; r++) sum = fmaf(bf16_at(lora + r), low[r], sum);
+    return sum;
+}
+
+__device__ __forceinline__ void load_state(const char* from, float (&state)[PER_LANE]) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += 2) {
+        const float2 two = HALF_STATE ? unpack_bf16(((const u32*)from)[i / 2]) : ((const float2*)from)[i / 2];
+        state[i] = two.x, state[i + 1] = two.y;
+    }
+}
+
+__device__ __forceinline__ void store_state(char* to, const float (&state)[PER_LANE]) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += 2) {
+        if constexpr (HALF_STATE) {
+            ((u32*)to)[i / 2] = pack_bf16(state[i], state[i + 1]);
+        } else {
+            ((float2*)to)[i / 2] = make_float2(state[i], state[i + 1]);
+        }
+    }
+}
+
+struct Update {
+    const Arguments& arguments;
+    Shared& shared;
+    Share channels = channels_of_block();
+    int warp = warp_index();
+    long long slots[NUM_ROWS];
+    int tasks[NUM_ROWS];
+
+    __device__ Update(const Arguments& arguments, Shared& shared) : arguments(arguments), shared(shared) {
+        for (int b = 0; b < NUM_ROWS; b++) {
+            slots[b] = arguments.rows.slots[b];
+            tasks[b] = arguments.rows.is_t2i[b] != 0;
+        }
+    }
+
+    __device__ __forceinline__ u16* conv_at(const Layer& layer, int b, int channel) const {
+        return layer.conv + slots[b] * arguments.conv_slot + channel * 4;
+    }
+
+    __device__ __forceinline__ char* state_at(const Layer& layer, int b, int channel) const {
+        return layer.ssm + (slots[b] * arguments.ssm_slot + (long long)(channels.first + channel) * D_STATE) * STATE_BYTES;
+    }
+
+    // Everything about one channel of the convolution, which is B's or C's, or the block's own; x's part of its state.
+    __device__ __forceinline__ void convolve_channel(const Layer& layer, u32 tag) const {
+        const Extras& extras = shared.extras;
+        const int n = threadIdx.x, own = n - 2 * D_STATE, channel = channels.first + own, head = channel / HEADDIM;
+        if (own >= channels.num) return;
+#pragma unroll
+        for (int b = 0; b < NUM_ROWS; b++) {
+            if (slots[b] < 0) continue;
+            const float* common = arguments.common + b * D_COMMON;
+            const float* raw_at = common + (own < 0 ? n : 2 * D_STATE + head);  // B or C, or dt
+            const u32 raw_word = peek(raw_at);
+            float low[RANK];
+            receive_low(common + NUM_COMMON + tasks[b] * RANK, tag, low);
+            const float raw = receive(raw_word, raw_at, tag);
+            const float newest = (own < 0 ? raw : shared.z_x[1][b][own]) + times(extras.lora[b][n], low);
+            const uint2 past = *(const uint2*)extras.past[b][n];
+            const float value = convolve(past, newest, *(const uint2*)extras.taps[n], bf16_at(&extras.bias[n]));
+            if (own < 0) {
+                shared.B_C[b][n] = value;
+                shared.newest[b][n] = newest;
+                continue;
+            }
+            const float z = shared.z_x[0][b][own] + times(extras.z_lora[b][own], low);
+            const float dt = softplus(raw + times(extras.dt_lora[b][head], low) + extras.dt_bias[head]);
+            *(uint2*)conv_at(layer, b, channel) = shifted(past, newest);
+            shared.decay[b][own] = expf(-dt * expf(extras.A_log[head]));
+            shared.input[b][own] = dt * value;
+            shared.skipped[b][own] = value * extras.D[head];
+            shared.gate[b][own] = silu(z);
+        }
+    }
+
+    // A u, scaled.
+    __device__ __forceinline__ void receive_low(const float* from, u32 tag, float (&low)[RANK]) const {
+        if constexpr (RANK % 4 == 0) {
+            uint4 words[(RANK + 3) / 4];
+#pragma unroll
+            for (int r = 0; r < RANK; r += 4) words[r / 4] = peek4(from + r);
+#pragma unroll
+            for (int r = 0; r < RANK; r += 4) {
+                const float4 four = receive4(words[r / 4], from + r, tag);
+                low[r] = four.x, low[r + 1] = four.y, low[r + 2] = four.z, low[r + 3] = four.w;
+            }
+        } else {
+#pragma unroll
+            for (int r = 0; r < RANK; r++) low[r] = receive(peek(from + r), from + r, tag);
+        }
+#pragma unroll
+        for (int r = 0; r < RANK; r++) low[r] *= arguments.lora_scaling;
+    }
+
+    // B's and C's part of the convolution's state, once all blocks have read it.
+    __device__ __forceinline__ void shift_B_C(const Layer& layer) const {
+        const int n = threadIdx.x;
+        if (n >= 2 * D_STATE) return;
+        for (int b = 0; b < NUM_ROWS; b++) {
+            if (slots[b] < 0) continue;
+            *(uint2*)conv_at(layer, b, D_INNER + n) = shifted(*(const uint2*)shared.extras.past[b][n], shared.newest[b][n]);
+        }
+    }
+
+    // New states, and y * silu(z) [NUM_ROWS, D_INNER]. The states are written last: nobody waits for them.
+    __device__ __forceinline__ void update_states(const Layer& layer, u32 tag) const {
+        const int lane = threadIdx.x % WARP;
+        float states[NUM_ROWS][CHANNELS][PER_LANE];
+#pragma unroll
+        for (int b = 0; b < NUM_ROWS; b++) {
+#pragma unroll
+            for (int i = 0; i < CHANNELS; i++) {
+                const int channel = warp * CHANNELS + i;
+                if (channel >= channels.num) continue;
+                float y = 0;
+                if (slots[b] >= 0) {
+                    float (&state)[PER_LANE] = states[b][i];
+                    load_state(shared.extras.states[b][channel] + lane * PER_LANE * STATE_BYTES, state);
+#pragma unroll
+                    for (int k = 0; k < PER_LANE; k++) {
+                        const float B = shared.B_C[b][lane * PER_LANE + k], C = shared.B_C[b][D_STATE + lane * PER_LANE + k];
+                        state[k] = fmaf(state[k], shared.decay[b][channel], shared.input[b][channel] * B);
+                        y = fmaf(state[k], C, y);
+                    }
+                    y = (sum_lanes(y) + shared.skipped[b][channel]) * shared.gate[b][channel];
+                }
+                if (lane == 0) publish(arguments.y + b * D_INNER + channels.first + channel, y, tag);
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < NUM_ROWS; b++) {
+#pragma unroll
+            for (int i = 0; i < CHANNELS; i++) {
+                const int channel = warp * CHANNELS + i;
+                if (slots[b] < 0 || channel >= channels.num) continue;
+                store_state(state_at(layer, b, channel) + lane * PER_LANE * STATE_BYTES, states[b][i]);
+            }
+        }
+    }
+};
+
+// ---- the three kinds of warps
+
+__device__ void stream_weights(const Arguments& arguments, Shared& shared) {
+    Source source{shared};
+    const CommonShare common;
+    const Share channels = channels_of_block(), out_rows(D_MODEL);
+#pragma unroll 1
+    for (int i = 0; i < arguments.num_layers; i++) {
+        const Layer& layer = arguments.layers[i];
+        source.stream<Bf16>(layer.lora_A, common.first_lora, common.num_lora, D_MODEL);
+#pragma unroll 1
+        for (int part = 0; part < 3; part++) {  // common rows, z, x
+            const int first = part ? (part - 1) * D_INNER + channels.first : 2 * D_INNER + common.first;
+            source.stream<LAYER_WEIGHTS>(layer.in_proj, first, part ? channels.num : common.num_projected, D_MODEL);
+        }
+        source.stream<LAYER_WEIGHTS>(layer.out_proj, out_rows.first, out_rows.num, D_INNER);
+    }
+#pragma unroll 1
+    for (int i = 0; i < arguments.num_heads; i++) {
+        const Share rows((int)arguments.heads[i].size);
+        source.stream<HEAD_WEIGHTS>(arguments.heads[i].values, rows.first, rows.num, D_MODEL);
+    }
+}
+
+// Announces copies to a barrier, or makes them.
+struct Copies {
+    u64* barrier;
+    u32 bytes = 0;
+    bool is_rehearsal = true;
+
+    __device__ __forceinline__ void add(void* to, const void* from, int size) {
+        if (is_rehearsal) {
+            bytes += size;
+        } else if (size) {
+            bulk_copy((char*)to, (const char*)from, size, barrier);
+        }
+    }
+};
+
+// Phase 0 of extras_full: the first layer's norms; phase i + 1: layer i's extras and the next norms.
+__device__ void copy_extras(const Arguments& arguments, Shared& shared) {
+    const Update update(arguments, shared);
+    const Share& channels = update.channels;
+#pragma unroll 1
+    for (int i = -1; i < arguments.num_layers; i++) {
+        if (i == 0) barrier_wait(&shared.extras_full, 0);  // a phase begins when the one before has ended
+        if (i > 0) barrier_wait(&shared.extras_empty, (i - 1) & 1);
+        Copies copies{&shared.extras_full};
+#pragma unroll 1
+        for (int pass = 0; pass < 2; pass++) {
+            Norms& norms = shared.norms[(i + 1) & 1];
+            if (i + 1 < arguments.num_layers) {
+                copies.add(norms.norm, arguments.layers[i + 1].norm, sizeof(norms.norm));
+                copies.add(norms.gated_norm, arguments.layers[i + 1].gated_norm, sizeof(norms.gated_norm));
+            } else {
+                copies.add(norms.norm, arguments.final_norm, sizeof(norms.norm));
+            }
+            if (i >= 0) {
+                const Layer& layer = arguments.layers[i];
+                Extras& extras = shared.extras;
+                const int own = 2 * D_STATE, num = channels.num, first = channels.first;
+                copies.add(extras.taps[0], layer.conv_weight + D_INNER * 4, own * 8);
+                copies.add(extras.taps[own], layer.conv_weight + first * 4, num * 8);
+                copies.add(&extras.bias[0], layer.conv_bias + D_INNER, own * 2);
+                copies.add(&extras.bias[own], layer.conv_bias + first, num * 2);
+                copies.add(extras.A_log, layer.A_log, sizeof(extras.A_log));
+                copies.add(extras.D, layer.D, sizeof(extras.D));
+                copies.add(extras.dt_bias, layer.dt_bias, sizeof(extras.dt_bias));
+#pragma unroll 1
+                for (int b = 0; b < NUM_ROWS; b++) {
+                    if (update.slots[b] < 0) continue;
+                    const u16* lora = layer.lora_B + (long long)update.tasks[b] * D_IN_PROJ * RANK;
+                    copies.add(extras.past[b][0], update.conv_at(layer, b, D_INNER), own * 8);
+                    copies.add(extras.past[b][own], update.conv_at(layer, b, first), num * 8);
+                    copies.add(extras.lora[b][0], lora + 2 * D_INNER * RANK, own * RANK * 2);
+                    copies.add(extras.lora[b][own], lora + (D_INNER + first) * RANK, num * RANK * 2);
+                    copies.add(extras.z_lora[b], lora + first * RANK, num * RANK * 2);
+                    copies.add(extras.dt_lora[b], lora + (2 * D_INNER + own) * RANK, sizeof(extras.dt_lora[b]));
+                    copies.add(extras.states[b], update.state_at(layer, b, 0), num * D_STATE * STATE_BYTES);
+                }
+            }
+            if (pass == 0) barrier_expect(copies.barrier, copies.bytes);
+            copies.is_rehearsal = false;
+        }
+    }
+}
+
+template <class Weights>
+__device__ __forceinline__ float scale_at(const float* scale, int row) {
+    return Weights::size == 1 ? scale[row] : 1.0f;
+}
+
+struct Scaled {
+    float scale, addend;
+};
+
+__device__ void compute(const Arguments& arguments, Shared& shared) {
+    Sink sink(shared);
+    const Update update(arguments, shared);
+    const float eps = arguments.eps;
+    const CommonShare common;
+    const Share& channels = update.channels;
+    const Share out_rows(D_MODEL);
+    u32 residual_tag = arguments.counters[0] ^ 1, tag = arguments.counters[1];
+    if (threadIdx.x < NUM_ROWS * out_rows.num) {
+        const int at = threadIdx.x / out_rows.num * D_MODEL + out_rows.first + threadIdx.x % out_rows.num;
+        publish(arguments.residual + at, arguments.embedded[at], residual_tag);
+    }
+    barrier_wait(&shared.extras_full, 0);
+#pragma unroll 1
+    for (int i = 0;; i++) {
+        const Norms& norms = shared.norms[i & 1];
+        const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norms.norm, eps, shared);
+        if (i == arguments.num_layers) {
+#pragma unroll 1
+            for (int j = 0; j < arguments.num_heads; j++) {
+                const Head& head = arguments.heads[j];
+                const Share rows((int)head.size);
+                multiply<HEAD_WEIGHTS>(
+                    sink, x, rows.num, [&](int row, int) { return scale_at<HEAD_WEIGHTS>(head.scale, rows.first + row); },
+                    [&](int row, int b, float sum, float scale) { head.logits[b * head.size + rows.first + row] = sum * scale; });
+            }
+            break;
+        }
+        const Layer& layer = arguments.layers[i];
+        residual_tag ^= 1;
+        tag ^= 1;
+        multiply<Bf16>(
+            sink, x, common.num_lora, [](int, int) { return 0; },
+            [&](int row, int b, float sum, int) {
+                publish(arguments.common + b * D_COMMON + NUM_COMMON + common.first_lora + row, sum, tag);
+            });
+#pragma unroll 1
+        for (int part = 0; part < 3; part++) {  // common rows, z, x
+            const int first = part ? (part - 1) * D_INNER + channels.first : 2 * D_INNER + common.first;
+            multiply<LAYER_WEIGHTS>(
+                sink, x, part ? channels.num : common.num_projected,
+                [&](int row, int) { return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, first + row); },
+                [&](int row, int b, float sum, float scale) {
+                    if (part) {
+                        shared.z_x[part - 1][b][row] = sum * scale;
+                    } else {
+                        publish(arguments.common + b * D_COMMON + common.first + row, sum * scale, tag);
+                    }
+                });
+        }
+        barrier_wait(&shared.extras_full, (i + 1) & 1);
+        sync_consumers();
+        update.convolve_channel(layer, tag);
+        sync_consumers();
+        update.update_states(layer, tag);
+        const Vector<D_INNER> y = receive_normed<D_INNER>(arguments.y, tag, norms.gated_norm, eps, shared);
+        if (i % gridDim.x == blockIdx.x) update.shift_B_C(layer);
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) barrier_arrive(&shared.extras_empty);
+        multiply<LAYER_WEIGHTS>(
+            sink, y, out_rows.num,
+            [&](int row, int b) {
+                row += out_rows.first;
+                return Scaled{scale_at<LAYER_WEIGHTS>(layer.out_proj_scale, row), arguments.residual[b * D_MODEL + row]};
+            },
+            [&](int row, int b, float sum, Scaled early) {
+                publish(arguments.residual + b * D_MODEL + out_rows.first + row, early.addend + sum * early.scale, residual_tag);
+            });
+    }
+    if (threadIdx.x == 0 && last_of_grid(arguments.counters + 2)) {
+        arguments.counters[0] = residual_tag;
+        arguments.counters[1] = tag;
+        arguments.counters[2] = 0;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) backbone_step(const __grid_constant__ Arguments arguments) {
+    Shared& shared = *(Shared*)(dynamic_shared() + NUM_STAGES * STAGE_BYTES);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < NUM_STAGES; i++) {
+            barrier_init(&shared.full[i], 1);
+            barrier_init(&shared.empty[i], SLICES);
+        }
+        barrier_init(&shared.extras_full, 1);
+        barrier_init(&shared.extras_empty, NUM_WARPS);
+        barriers_ready();
+    }
+    __syncthreads();
+    if (warp_index() < NUM_WARPS) {
+        compute(arguments, shared);
+    } else if (threadIdx.x == CONSUMERS) {
+        stream_weights(arguments, shared);
+    } else if (threadIdx.x == CONSUMERS + WARP) {
+        copy_extras(arguments, shared);
+    }
+}

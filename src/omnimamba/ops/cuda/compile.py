@@ -1,0 +1,102 @@
+"""CUDA C++ to a kernel that can be launched: NVRTC of torch's CUDA wheels and the driver, both through ctypes.
+
+What was compiled is kept in Triton's cache folder. (`torch.cuda._compile_kernel` does much of this, but is private to torch, keeps
+nothing, and launches no cooperative kernel.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from triton.runtime.cache import get_cache_manager
+
+FOLDER = Path(__file__).parent
+OPTIONS = ("--std=c++17",)
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+
+
+def compile_cubin(sources: Sequence[str], defines: Mapping[str, object], architecture: str) -> tuple[bytes, str]:
+    """Machine code of the files of this folder one after the other, and what the compiler says of registers and spills.
+
+    architecture: `sm_90`, say. Needs no GPU. RuntimeError with the compiler's messages.
+    """
+    nvrtc = library()
+    text = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in sources)
+    program = ctypes.c_void_p()
+    check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), sources[-1].encode(), 0, None, None))
+    options = [*OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v", *(f"-D{k}={v}" for k, v in defines.items())]
+    result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
+    log = fetch(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode()
+    if result:
+        raise RuntimeError(f"{sources[-1]} does not compile for {architecture}:\n{log}")
+    cubin = fetch(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    check_nvrtc(nvrtc.nvrtcDestroyProgram(ctypes.byref(program)))
+    return cubin, log
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    assert torch.version.cuda is not None
+    return ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
+
+
+def fetch(program: ctypes.c_void_p, size_of: ctypes._FuncPointer, copy: ctypes._FuncPointer) -> bytes:
+    size = ctypes.c_size_t()
+    check_nvrtc(size_of(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    check_nvrtc(copy(program, buffer))
+    return buffer.raw
+
+
+def check_nvrtc(result: int) -> None:
+    if result:
+        library().nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise RuntimeError(f"NVRTC: {library().nvrtcGetErrorString(result).decode()}")
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check_driver(result: int) -> None:
+    if result:
+        message = ctypes.c_char_p()
+        driver().cuGetErrorString(result, ctypes.byref(message))
+        raise RuntimeError(f"CUDA: {(message.value or b'unknown error').decode()}")
+
+
+class Kernel:
+    """A kernel of one argument, a struct, on a device; its blocks are at work all at once (a cooperative launch)."""
+
+    def __init__(
+        self, sources: Sequence[str], name: str, defines: Mapping[str, object], *, shared_bytes: int, device: torch.device
+    ) -> None:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        content = repr((OPTIONS, architecture, torch.version.cuda, dict(defines), [(FOLDER / source).read_bytes() for source in sources]))
+        cache, file = get_cache_manager(hashlib.sha256(content.encode()).hexdigest()), f"{name}.cubin"
+        kept = cache.get_file(file)
+        if kept is None:
+            kept = cache.put(compile_cubin(sources, defines, architecture)[0], file)
+        self.device = device
+        self.shared_bytes = shared_bytes
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes the context current
+            check_driver(driver().cuModuleLoadData(ctypes.byref(self._module), Path(kept).read_bytes()))
+        check_driver(driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+        check_driver(driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+
+    def __call__(self, argument: ctypes.Structure, *, blocks: int, threads: int) -> None:
+        """Launches on torch's current stream. RuntimeError if the blocks do not fit the device all at once."""
+        with torch.cuda.device(self.device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+            check_driver(
+                driver().cuLaunchCooperativeKernel(self._function, blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, pointers)
+            )
