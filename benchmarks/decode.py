@@ -4,10 +4,10 @@
 
 Needs a CUDA device, torch and triton. A step of few layers is first compared with the plain PyTorch step (logits, states, sampled tokens;
 fp32, bf16 and quantised; several slots out of order, padding rows, both tasks in one batch, poisoned buffers), one and two rows by the
-kernel of a whole step and by the vector kernels, more by matrix products, and the engine with the plain engine. What is off is not timed, and the exit code is 1. Bytes
-per step count each weight and state once read, and each state once written; their rate is set beside the read bandwidth measured in the
-same run. Then whole requests run through the engine, prompts included. `--sweep` also tries other launch choices, `--parts` times each
-kernel by itself. The last line on stdout is JSON.
+kernel of a whole step and by the vector kernels, more by matrix products, and the engine with the plain engine. What is off is not timed,
+and the exit code is 1. Bytes per step count each weight and state once read, and each state once written; their rate is set beside the
+read bandwidth measured in the same run. Then whole requests run through the engine, prompts included. `--sweep` also tries other launch
+choices, `--parts` times each kernel by itself. The last line on stdout is JSON.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def poisoned(*args, **kwargs) -> Tensor:
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() and not tensor.requires_grad else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
     yield

@@ -103,7 +103,7 @@ def emulate(tmp_path_factory):
 
 CASES = {
     "bf16": ({"d_model": 512}, None, torch.float32),
-    "half states": ({"d_model": 512, "d_state": 128, "rank": 3}, None, torch.bfloat16),
+    "half states": ({"d_model": 512, "d_state": 128, "rank": 2}, None, torch.bfloat16),
     "int8": ({"d_model": 1024}, "int8", torch.float32),
     "fp8": ({"d_model": 512, "d_state": 128}, "fp8", torch.float32),
 }

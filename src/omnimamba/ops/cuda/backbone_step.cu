@@ -4,8 +4,8 @@
 // At few rows the time is that of reading the weights. So one warp of a block does nothing but stream the block's rows of all matrices,
 // in the order of their use, through a ring of shared memory (bulk copies that complete on mbarriers); it never waits for a result, only
 // for a free stage. What the other warps wait for each other's numbers, they make up from the ring, which is then full: the memory
-// never rests. Behind such a stream a load from memory takes microseconds; all else that a layer needs is therefore copied a layer
-// ahead, by another warp (`Extras`).
+// never rests. Behind such a stream a load from memory takes microseconds. So another warp brings most else that a layer needs to
+// shared memory in time (`Extras`), and the rest is loaded into registers before a wait, for after it.
 //
 // A block has its share of the channels of d_inner: it alone computes their z and x and keeps their states. B, C, dt and LoRA's A u,
 // which all blocks need, are shared out, too, and come first, so that they are everywhere when z and x are done. Blocks wait for
@@ -28,9 +28,10 @@ constexpr int GROUPS = NUM_WARPS / SLICES;      // of SLICES warps, which take t
 constexpr int CONSUMERS = NUM_WARPS * WARP;
 constexpr int THREADS = CONSUMERS + 2 * WARP;  // and the two warps that copy
 constexpr int STAGE_BYTES = 8 * D_MODEL;
-constexpr int IN_FLIGHT = 3;  // stages under way at once: enough to keep the memory busy; behind more, the blocks' numbers would wait
-constexpr int SEGMENT = min_of(72, CONSUMERS / NUM_ROWS / 8 * 8);  // rows of a matrix whose sums are in shared memory at once
-constexpr int UNIT = 8;                                            // channels that no share divides: 16 bytes of anything
+constexpr int IN_FLIGHT = min_of(3, NUM_STAGES);  // under way at once: they keep the memory busy; behind more, the blocks' numbers would wait
+constexpr int SEGMENT = 64;  // rows of a matrix whose sums are in shared memory at once
+constexpr int AT_ONCE = 8;   // sums that a thread has at once: registers bound them
+constexpr int UNIT = 8;      // channels that no share divides: 16 bytes of anything
 
 constexpr int D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + NUM_HEADS;
 constexpr int NUM_COMMON = 2 * D_STATE + NUM_HEADS;  // rows of in_proj that all blocks need: B, C, dt
@@ -44,7 +45,8 @@ constexpr int STATE_BYTES = HALF_STATE ? 2 : 4;             // of a number
 static_assert(D_MODEL % CHUNK == 0 && D_INNER % CHUNK == 0);
 static_assert(PER_LANE == 2 || PER_LANE == 4);
 static_assert(NUM_STAGES % GROUPS == 0);     // a stage is always the same group's: none waits for a phase after the next
-static_assert(CONV_CHANNELS <= CONSUMERS);  // one for each thread
+static_assert(CONV_CHANNELS <= CONSUMERS && SEGMENT * NUM_ROWS <= CONSUMERS);  // one for each thread
+static_assert(D_COMMON % 4 == 0);  // received four at a time
 static_assert(NUM_HEADS % UNIT == 0 && D_STATE % UNIT == 0 && BLOCK_CHANNELS % UNIT == 0);
 
 // ---- matrices of which a lane takes VECTOR numbers at once
@@ -178,13 +180,9 @@ struct Extras {
     char states[NUM_ROWS][BLOCK_CHANNELS][D_STATE * STATE_BYTES];
 };
 
-struct Norms {
-    u16 norm[D_MODEL], gated_norm[D_INNER];
-};
-
 struct Shared {
-    Extras extras;   // of one layer
-    Norms norms[2];  // of two layers in turn
+    Extras extras;                    // of one layer
+    float common[NUM_ROWS][D_COMMON];  // B, C, dt before the convolution, and A u
     float vector[NUM_ROWS][D_INNER];  // what is multiplied
     float partial[2][SEGMENT][NUM_ROWS][SLICES];
     float squares[NUM_ROWS][NUM_WARPS];
@@ -193,7 +191,7 @@ struct Shared {
     float decay[NUM_ROWS][BLOCK_CHANNELS], input[NUM_ROWS][BLOCK_CHANNELS];
     float skipped[NUM_ROWS][BLOCK_CHANNELS], gate[NUM_ROWS][BLOCK_CHANNELS];
     u64 full[NUM_STAGES], empty[NUM_STAGES];
-    u64 extras_full, extras_empty;
+    u64 extras_full, extras_empty, common_full, common_wanted;
 };
 
 static_assert(sizeof(Shared) <= SHARED_BYTES);
@@ -301,10 +299,24 @@ __device__ __forceinline__ int first_column() { return threadIdx.x % (SLICES * W
 // Of the columns that threads receive, four in a row are the same thread's.
 constexpr int ROUND = 4 * CONSUMERS;
 
+// A thread's weights of a norm, for the columns that it receives.
+template <int K>
+struct NormWeights {
+    static constexpr int NUM = (K + ROUND - 1) / ROUND;
+    uint2 words[NUM] = {};
+
+    __device__ __forceinline__ explicit NormWeights(const u16* norm) {
+        const int column = 4 * (int)threadIdx.x;
+        if (column >= K) return;
+#pragma unroll
+        for (int j = 0; j < NUM; j++) words[j] = *(const uint2*)(norm + j * ROUND + column);
+    }
+};
+
 // The published rows x [NUM_ROWS, K], normed.
 template <int K>
-__device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, const u16* norm, float eps, Shared& shared) {
-    constexpr int NUM = (K + ROUND - 1) / ROUND;
+__device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, const NormWeights<K>& norm, float eps, Shared& shared) {
+    constexpr int NUM = NormWeights<K>::NUM;
     const int column = 4 * (int)threadIdx.x;
 #pragma unroll
     for (int b = 0; b < NUM_ROWS; b++) {
@@ -316,7 +328,7 @@ __device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, con
             for (int j = 0; j < NUM; j++) words[j] = peek4(from + j * ROUND);
 #pragma unroll
             for (int j = 0; j < NUM; j++) {
-                const float4 n = receive4(words[j], from + j * ROUND, tag), weights = four_bf16(*(const uint2*)(norm + j * ROUND + column));
+                const float4 n = receive4(words[j], from + j * ROUND, tag), weights = four_bf16(norm.words[j]);
                 squares += n.x * n.x + n.y * n.y + n.z * n.z + n.w * n.w;
                 float4& out = *(float4*)&shared.vector[b][j * ROUND + column];
                 out = make_float4(n.x * weights.x, n.y * weights.y, n.z * weights.z, n.w * weights.w);
@@ -346,61 +358,81 @@ __device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, con
     return result;
 }
 
-// Calls emit(row, b, product, early) for the next `num_rows` rows in the ring, `row` counted from 0; each in one thread, which has
-// called early = prepare(row, b) ahead of the product.
-template <class Weights, int K, class Prepare, class Emit>
-__device__ __forceinline__ void multiply(Sink& sink, const Vector<K>& x, int num_rows, Prepare prepare, Emit emit) {
-    constexpr int TILE = STAGE_BYTES / (K * Weights::size);  // rows of a stage
-    constexpr int PASS = min_of(TILE, 8 / NUM_ROWS);          // rows at once: registers bound them
-    constexpr int NUM = PASS * NUM_ROWS;
-    static_assert(TILE >= 1 && TILE % PASS == 0 && SEGMENT % TILE == 0);
-    const int lane = threadIdx.x % WARP, own_row = threadIdx.x / NUM_ROWS, own_b = threadIdx.x % NUM_ROWS;
+// Of a product's segment of `num` rows, a thread emits one at most.
+struct Emitted {
+    int row = threadIdx.x / NUM_ROWS, b = threadIdx.x % NUM_ROWS;
+};
+
+// prepare(row, b) of this thread's row of a product's first segment. Called before a wait, it loads what is used after the wait.
+template <class Prepare>
+__device__ __forceinline__ auto prepared(int num_rows, Prepare prepare) {
+    const Emitted emitted;
+    return emitted.row < min(num_rows, SEGMENT) ? prepare(emitted.row, emitted.b) : decltype(prepare(0, 0)){};
+}
+
+// Calls emit(row, b, product, prepare(row, b)) for the next `num_rows` rows in the ring, `row` counted from 0; each in one thread.
+// early: what `prepared` gave.
+template <class Weights, int K, class Prepare, class Early, class Emit>
+__device__ __forceinline__ void multiply(Sink& sink, const Vector<K>& x, int num_rows, Prepare prepare, Early early, Emit emit) {
+    constexpr int TILE = STAGE_BYTES / (K * Weights::size);          // rows of a stage
+    constexpr int PASS = min_of(TILE, AT_ONCE / NUM_ROWS);            // of those, at once
+    constexpr int STAGES = AT_ONCE / NUM_ROWS / PASS;                 // of the group, at once
+    constexpr int NUM = STAGES * PASS * NUM_ROWS;
+    static_assert(TILE >= 1 && TILE % PASS == 0 && SEGMENT % TILE == 0 && (STAGES == 1 || PASS == TILE));
+    const int lane = threadIdx.x % WARP;
+    const Emitted emitted;
     Shared& shared = sink.shared;
 #pragma unroll 1
     for (int first = 0; first < num_rows; first += SEGMENT, sink.segment++) {
-        const int num = min(SEGMENT, num_rows - first);
-        const bool emits = own_row < num;
-        const auto early = prepare(first + (emits ? own_row : 0), own_b);
+        const int num = min(SEGMENT, num_rows - first), num_tiles = (num + TILE - 1) / TILE;
+        if (first > 0 && emitted.row < num) early = prepare(first + emitted.row, emitted.b);
         auto& partial = shared.partial[sink.segment % 2];
-        int row = sink.ahead * TILE;
+        int tile = sink.ahead;
 #pragma unroll 1
-        for (; row < num; row += GROUPS * TILE) {
-            barrier_wait(&shared.full[sink.place.stage], sink.place.lap);
-            const char* tile = stage_at(sink.place.stage) + first_column() * Weights::size;
+        while (tile < num_tiles) {
 #pragma unroll 1
             for (int pass = 0; pass < TILE; pass += PASS) {
                 float sums[NUM] = {};
 #pragma unroll
-                for (int j = 0; j < K / CHUNK; j++) {
+                for (int s = 0; s < STAGES; s++) {
+                    if (tile + s * GROUPS >= num_tiles) break;
+                    barrier_wait(&shared.full[sink.place.stage], sink.place.lap);
+                    const char* rows = stage_at(sink.place.stage) + (pass * K + first_column()) * Weights::size;
 #pragma unroll
-                    for (int r = 0; r < PASS; r++) {
-                        float w[VECTOR];
-                        Weights::load(tile + ((pass + r) * K + j * CHUNK) * Weights::size, w);
+                    for (int j = 0; j < K / CHUNK; j++) {
 #pragma unroll
-                        for (int b = 0; b < NUM_ROWS; b++) {
+                        for (int r = 0; r < PASS; r++) {
+                            float w[VECTOR];
+                            Weights::load(rows + (r * K + j * CHUNK) * Weights::size, w);
 #pragma unroll
-                            for (int i = 0; i < VECTOR; i++) {
-                                float& sum = sums[r * NUM_ROWS + b];
-                                sum = fmaf(w[i], x.values[b][j * VECTOR + i], sum);
+                            for (int b = 0; b < NUM_ROWS; b++) {
+#pragma unroll
+                                for (int i = 0; i < VECTOR; i++) {
+                                    float& sum = sums[(s * PASS + r) * NUM_ROWS + b];
+                                    sum = fmaf(w[i], x.values[b][j * VECTOR + i], sum);
+                                }
                             }
                         }
                     }
+                    if (pass + PASS < TILE) continue;
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&shared.empty[sink.place.stage]);
+                    sink.place.advance(GROUPS);
                 }
-                __syncwarp();
-                if (pass + PASS == TILE && lane == 0) barrier_arrive(&shared.empty[sink.place.stage]);
                 sum_lanes_of<NUM>(sums, lane);
-                const int which = lane / (WARP / NUM);
-                if (lane % (WARP / NUM) == 0) partial[row + pass + which / NUM_ROWS][which % NUM_ROWS][sink.slice] = sums[0];
+                const int which = lane / (WARP / NUM), row = which / NUM_ROWS;
+                const int to = (tile + row / PASS * GROUPS) * TILE + pass + row % PASS;
+                if (lane % (WARP / NUM) == 0 && to < num) partial[to][which % NUM_ROWS][sink.slice] = sums[0];
             }
-            sink.place.advance(GROUPS);
+            tile += min(STAGES, (num_tiles - tile + GROUPS - 1) / GROUPS) * GROUPS;
         }
-        sink.ahead = (row - (num + TILE - 1) / TILE * TILE) / TILE;
+        sink.ahead = tile - num_tiles;
         sync_consumers();
-        if (emits) {
+        if (emitted.row < num) {
             float sum = 0;
 #pragma unroll
-            for (int s = 0; s < SLICES; s++) sum += partial[own_row][own_b][s];
-            emit(first + own_row, own_b, sum, early);
+            for (int s = 0; s < SLICES; s++) sum += partial[emitted.row][emitted.b][s];
+            emit(first + emitted.row, emitted.b, sum, early);
         }
     }
 }
@@ -478,20 +510,18 @@ struct Update {
     }
 
     // Everything about one channel of the convolution, which is B's or C's, or the block's own; x's part of its state.
-    __device__ __forceinline__ void convolve_channel(const Layer& layer, u32 tag) const {
+    __device__ __forceinline__ void convolve_channel(const Layer& layer) const {
         const Extras& extras = shared.extras;
         const int n = threadIdx.x, own = n - 2 * D_STATE, channel = channels.first + own, head = channel / HEADDIM;
         if (own >= channels.num) return;
 #pragma unroll
         for (int b = 0; b < NUM_ROWS; b++) {
             if (slots[b] < 0) continue;
-            const float* common = arguments.common + b * D_COMMON;
-            const float* raw_at = common + (own < 0 ? n : 2 * D_STATE + head);  // B or C, or dt
-            const u32 raw_word = peek(raw_at);
-            float low[RANK];
-            receive_low(common + NUM_COMMON + tasks[b] * RANK, tag, low);
-            const float raw = receive(raw_word, raw_at, tag);
-            const float newest = (own < 0 ? raw : shared.z_x[1][b][own]) + times(extras.lora[b][n], low);
+            const float* common = shared.common[b];
+            float low[RANK];  // A u, scaled
+#pragma unroll
+            for (int r = 0; r < RANK; r++) low[r] = common[NUM_COMMON + tasks[b] * RANK + r] * arguments.lora_scaling;
+            const float newest = (own < 0 ? common[n] : shared.z_x[1][b][own]) + times(extras.lora[b][n], low);
             const uint2 past = *(const uint2*)extras.past[b][n];
             const float value = convolve(past, newest, *(const uint2*)extras.taps[n], bf16_at(&extras.bias[n]));
             if (own < 0) {
@@ -500,32 +530,13 @@ struct Update {
                 continue;
             }
             const float z = shared.z_x[0][b][own] + times(extras.z_lora[b][own], low);
-            const float dt = softplus(raw + times(extras.dt_lora[b][head], low) + extras.dt_bias[head]);
+            const float dt = softplus(common[2 * D_STATE + head] + times(extras.dt_lora[b][head], low) + extras.dt_bias[head]);
             *(uint2*)conv_at(layer, b, channel) = shifted(past, newest);
             shared.decay[b][own] = expf(-dt * expf(extras.A_log[head]));
             shared.input[b][own] = dt * value;
             shared.skipped[b][own] = value * extras.D[head];
             shared.gate[b][own] = silu(z);
         }
-    }
-
-    // A u, scaled.
-    __device__ __forceinline__ void receive_low(const float* from, u32 tag, float (&low)[RANK]) const {
-        if constexpr (RANK % 4 == 0) {
-            uint4 words[(RANK + 3) / 4];
-#pragma unroll
-            for (int r = 0; r < RANK; r += 4) words[r / 4] = peek4(from + r);
-#pragma unroll
-            for (int r = 0; r < RANK; r += 4) {
-                const float4 four = receive4(words[r / 4], from + r, tag);
-                low[r] = four.x, low[r + 1] = four.y, low[r + 2] = four.z, low[r + 3] = four.w;
-            }
-        } else {
-#pragma unroll
-            for (int r = 0; r < RANK; r++) low[r] = receive(peek(from + r), from + r, tag);
-        }
-#pragma unroll
-        for (int r = 0; r < RANK; r++) low[r] *= arguments.lora_scaling;
     }
 
     // B's and C's part of the convolution's state, once all blocks have read it.
@@ -585,11 +596,9 @@ __device__ void stream_weights(const Arguments& arguments, Shared& shared) {
     for (int i = 0; i < arguments.num_layers; i++) {
         const Layer& layer = arguments.layers[i];
         source.stream<Bf16>(layer.lora_A, common.first_lora, common.num_lora, D_MODEL);
-#pragma unroll 1
-        for (int part = 0; part < 3; part++) {  // common rows, z, x
-            const int first = part ? (part - 1) * D_INNER + channels.first : 2 * D_INNER + common.first;
-            source.stream<LAYER_WEIGHTS>(layer.in_proj, first, part ? channels.num : common.num_projected, D_MODEL);
-        }
+        source.stream<LAYER_WEIGHTS>(layer.in_proj, 2 * D_INNER + common.first, common.num_projected, D_MODEL);
+        source.stream<LAYER_WEIGHTS>(layer.in_proj, channels.first, channels.num, D_MODEL);             // z
+        source.stream<LAYER_WEIGHTS>(layer.in_proj, D_INNER + channels.first, channels.num, D_MODEL);  // x
         source.stream<LAYER_WEIGHTS>(layer.out_proj, out_rows.first, out_rows.num, D_INNER);
     }
 #pragma unroll 1
@@ -614,51 +623,54 @@ struct Copies {
     }
 };
 
-// Phase 0 of extras_full: the first layer's norms; phase i + 1: layer i's extras and the next norms.
-__device__ void copy_extras(const Arguments& arguments, Shared& shared) {
-    const Update update(arguments, shared);
-    const Share& channels = update.channels;
+__device__ void copy_extras(const Arguments& arguments, const Layer& layer, const Update& update, Shared& shared) {
+    Extras& extras = shared.extras;
+    const int own = 2 * D_STATE, num = update.channels.num, first = update.channels.first;
+    Copies copies{&shared.extras_full};
 #pragma unroll 1
-    for (int i = -1; i < arguments.num_layers; i++) {
-        if (i == 0) barrier_wait(&shared.extras_full, 0);  // a phase begins when the one before has ended
-        if (i > 0) barrier_wait(&shared.extras_empty, (i - 1) & 1);
-        Copies copies{&shared.extras_full};
+    for (int pass = 0; pass < 2; pass++) {
+        copies.add(extras.taps[0], layer.conv_weight + D_INNER * 4, own * 8);
+        copies.add(extras.taps[own], layer.conv_weight + first * 4, num * 8);
+        copies.add(&extras.bias[0], layer.conv_bias + D_INNER, own * 2);
+        copies.add(&extras.bias[own], layer.conv_bias + first, num * 2);
+        copies.add(extras.A_log, layer.A_log, sizeof(extras.A_log));
+        copies.add(extras.D, layer.D, sizeof(extras.D));
+        copies.add(extras.dt_bias, layer.dt_bias, sizeof(extras.dt_bias));
 #pragma unroll 1
-        for (int pass = 0; pass < 2; pass++) {
-            Norms& norms = shared.norms[(i + 1) & 1];
-            if (i + 1 < arguments.num_layers) {
-                copies.add(norms.norm, arguments.layers[i + 1].norm, sizeof(norms.norm));
-                copies.add(norms.gated_norm, arguments.layers[i + 1].gated_norm, sizeof(norms.gated_norm));
-            } else {
-                copies.add(norms.norm, arguments.final_norm, sizeof(norms.norm));
-            }
-            if (i >= 0) {
-                const Layer& layer = arguments.layers[i];
-                Extras& extras = shared.extras;
-                const int own = 2 * D_STATE, num = channels.num, first = channels.first;
-                copies.add(extras.taps[0], layer.conv_weight + D_INNER * 4, own * 8);
-                copies.add(extras.taps[own], layer.conv_weight + first * 4, num * 8);
-                copies.add(&extras.bias[0], layer.conv_bias + D_INNER, own * 2);
-                copies.add(&extras.bias[own], layer.conv_bias + first, num * 2);
-                copies.add(extras.A_log, layer.A_log, sizeof(extras.A_log));
-                copies.add(extras.D, layer.D, sizeof(extras.D));
-                copies.add(extras.dt_bias, layer.dt_bias, sizeof(extras.dt_bias));
-#pragma unroll 1
-                for (int b = 0; b < NUM_ROWS; b++) {
-                    if (update.slots[b] < 0) continue;
-                    const u16* lora = layer.lora_B + (long long)update.tasks[b] * D_IN_PROJ * RANK;
-                    copies.add(extras.past[b][0], update.conv_at(layer, b, D_INNER), own * 8);
-                    copies.add(extras.past[b][own], update.conv_at(layer, b, first), num * 8);
-                    copies.add(extras.lora[b][0], lora + 2 * D_INNER * RANK, own * RANK * 2);
-                    copies.add(extras.lora[b][own], lora + (D_INNER + first) * RANK, num * RANK * 2);
-                    copies.add(extras.z_lora[b], lora + first * RANK, num * RANK * 2);
-                    copies.add(extras.dt_lora[b], lora + (2 * D_INNER + own) * RANK, sizeof(extras.dt_lora[b]));
-                    copies.add(extras.states[b], update.state_at(layer, b, 0), num * D_STATE * STATE_BYTES);
-                }
-            }
-            if (pass == 0) barrier_expect(copies.barrier, copies.bytes);
-            copies.is_rehearsal = false;
+        for (int b = 0; b < NUM_ROWS; b++) {
+            if (update.slots[b] < 0) continue;
+            const u16* lora = layer.lora_B + (long long)update.tasks[b] * D_IN_PROJ * RANK;
+            copies.add(extras.past[b][0], update.conv_at(layer, b, D_INNER), own * 8);
+            copies.add(extras.past[b][own], update.conv_at(layer, b, first), num * 8);
+            copies.add(extras.lora[b][0], lora + 2 * D_INNER * RANK, own * RANK * 2);
+            copies.add(extras.lora[b][own], lora + (D_INNER + first) * RANK, num * RANK * 2);
+            copies.add(extras.z_lora[b], lora + first * RANK, num * RANK * 2);
+            copies.add(extras.dt_lora[b], lora + (2 * D_INNER + own) * RANK, sizeof(extras.dt_lora[b]));
+            copies.add(extras.states[b], update.state_at(layer, b, 0), num * D_STATE * STATE_BYTES);
         }
+        if (pass == 0) barrier_expect(copies.barrier, copies.bytes);
+        copies.is_rehearsal = false;
+    }
+}
+
+// A warp's part of a layer: copies of its extras, ahead of their use, then what all blocks share, as it is published.
+__device__ void bring_extras(const Arguments& arguments, Shared& shared) {
+    const Update update(arguments, shared);
+    const int lane = threadIdx.x % WARP;
+    u32 tag = arguments.counters[1];
+#pragma unroll 1
+    for (int i = 0; i < arguments.num_layers; i++) {
+        tag ^= 1;
+        if (i > 0) barrier_wait(&shared.extras_empty, (i - 1) & 1);
+        if (lane == 0) copy_extras(arguments, arguments.layers[i], update, shared);
+        __syncwarp();
+        barrier_wait(&shared.common_wanted, i & 1);
+        float* common = &shared.common[0][0];
+        for (int n = 4 * lane; n < NUM_ROWS * D_COMMON; n += 4 * WARP) {
+            *(float4*)(common + n) = receive4(peek4(arguments.common + n), arguments.common + n, tag);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.common_full);
     }
 }
 
@@ -678,67 +690,69 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
     const CommonShare common;
     const Share& channels = update.channels;
     const Share out_rows(D_MODEL);
+    const bool speaks = threadIdx.x % WARP == 0;
     u32 residual_tag = arguments.counters[0] ^ 1, tag = arguments.counters[1];
     if (threadIdx.x < NUM_ROWS * out_rows.num) {
         const int at = threadIdx.x / out_rows.num * D_MODEL + out_rows.first + threadIdx.x % out_rows.num;
         publish(arguments.residual + at, arguments.embedded[at], residual_tag);
     }
-    barrier_wait(&shared.extras_full, 0);
+    NormWeights<D_MODEL> norm(arguments.layers[0].norm);
 #pragma unroll 1
-    for (int i = 0;; i++) {
-        const Norms& norms = shared.norms[i & 1];
-        const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norms.norm, eps, shared);
-        if (i == arguments.num_layers) {
-#pragma unroll 1
-            for (int j = 0; j < arguments.num_heads; j++) {
-                const Head& head = arguments.heads[j];
-                const Share rows((int)head.size);
-                multiply<HEAD_WEIGHTS>(
-                    sink, x, rows.num, [&](int row, int) { return scale_at<HEAD_WEIGHTS>(head.scale, rows.first + row); },
-                    [&](int row, int b, float sum, float scale) { head.logits[b * head.size + rows.first + row] = sum * scale; });
-            }
-            break;
-        }
+    for (int i = 0; i < arguments.num_layers; i++) {
         const Layer& layer = arguments.layers[i];
+        const auto common_scale = [&](int row, int) { return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, 2 * D_INNER + common.first + row); };
+        const auto z_x_scale = [&](int row, int) {
+            const int part = row >= channels.num;
+            return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, channels.first + row + part * (D_INNER - channels.num));
+        };
+        const auto out_scale = [&](int row, int b) {
+            row += out_rows.first;
+            return Scaled{scale_at<LAYER_WEIGHTS>(layer.out_proj_scale, row), arguments.residual[b * D_MODEL + row]};
+        };
+        const auto early_common = prepared(common.num_projected, common_scale);
+        const auto early_z_x = prepared(2 * channels.num, z_x_scale);
+        const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
         residual_tag ^= 1;
         tag ^= 1;
+        if (speaks) barrier_arrive(&shared.common_wanted);
         multiply<Bf16>(
-            sink, x, common.num_lora, [](int, int) { return 0; },
+            sink, x, common.num_lora, [](int, int) { return 0; }, 0,
             [&](int row, int b, float sum, int) {
                 publish(arguments.common + b * D_COMMON + NUM_COMMON + common.first_lora + row, sum, tag);
             });
-#pragma unroll 1
-        for (int part = 0; part < 3; part++) {  // common rows, z, x
-            const int first = part ? (part - 1) * D_INNER + channels.first : 2 * D_INNER + common.first;
-            multiply<LAYER_WEIGHTS>(
-                sink, x, part ? channels.num : common.num_projected,
-                [&](int row, int) { return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, first + row); },
-                [&](int row, int b, float sum, float scale) {
-                    if (part) {
-                        shared.z_x[part - 1][b][row] = sum * scale;
-                    } else {
-                        publish(arguments.common + b * D_COMMON + common.first + row, sum * scale, tag);
-                    }
-                });
-        }
-        barrier_wait(&shared.extras_full, (i + 1) & 1);
+        multiply<LAYER_WEIGHTS>(sink, x, common.num_projected, common_scale, early_common, [&](int row, int b, float sum, float scale) {
+            publish(arguments.common + b * D_COMMON + common.first + row, sum * scale, tag);
+        });
+        const NormWeights<D_INNER> gated_norm(layer.gated_norm);
+        const auto early_out = prepared(out_rows.num, out_scale);
+        multiply<LAYER_WEIGHTS>(sink, x, 2 * channels.num, z_x_scale, early_z_x, [&](int row, int b, float sum, float scale) {
+            const int part = row >= channels.num;
+            shared.z_x[part][b][row - part * channels.num] = sum * scale;
+        });
+        barrier_wait(&shared.extras_full, i & 1);
+        barrier_wait(&shared.common_full, i & 1);
         sync_consumers();
-        update.convolve_channel(layer, tag);
+        update.convolve_channel(layer);
         sync_consumers();
         update.update_states(layer, tag);
-        const Vector<D_INNER> y = receive_normed<D_INNER>(arguments.y, tag, norms.gated_norm, eps, shared);
+        const Vector<D_INNER> y = receive_normed<D_INNER>(arguments.y, tag, gated_norm, eps, shared);
         if (i % gridDim.x == blockIdx.x) update.shift_B_C(layer);
         __syncwarp();
-        if (threadIdx.x % WARP == 0) barrier_arrive(&shared.extras_empty);
-        multiply<LAYER_WEIGHTS>(
-            sink, y, out_rows.num,
-            [&](int row, int b) {
-                row += out_rows.first;
-                return Scaled{scale_at<LAYER_WEIGHTS>(layer.out_proj_scale, row), arguments.residual[b * D_MODEL + row]};
-            },
-            [&](int row, int b, float sum, Scaled early) {
-                publish(arguments.residual + b * D_MODEL + out_rows.first + row, early.addend + sum * early.scale, residual_tag);
-            });
+        if (speaks) barrier_arrive(&shared.extras_empty);
+        norm = NormWeights<D_MODEL>(i + 1 < arguments.num_layers ? arguments.layers[i + 1].norm : arguments.final_norm);
+        multiply<LAYER_WEIGHTS>(sink, y, out_rows.num, out_scale, early_out, [&](int row, int b, float sum, Scaled early) {
+            publish(arguments.residual + b * D_MODEL + out_rows.first + row, early.addend + sum * early.scale, residual_tag);
+        });
+    }
+    const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
+#pragma unroll 1
+    for (int j = 0; j < arguments.num_heads; j++) {
+        const Head& head = arguments.heads[j];
+        const Share rows((int)head.size);
+        const auto scale_of = [&](int row, int) { return scale_at<HEAD_WEIGHTS>(head.scale, rows.first + row); };
+        multiply<HEAD_WEIGHTS>(sink, x, rows.num, scale_of, prepared(rows.num, scale_of), [&](int row, int b, float sum, float scale) {
+            head.logits[b * head.size + rows.first + row] = sum * scale;
+        });
     }
     if (threadIdx.x == 0 && last_of_grid(arguments.counters + 2)) {
         arguments.counters[0] = residual_tag;
@@ -756,6 +770,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backbone_step(const __g
         }
         barrier_init(&shared.extras_full, 1);
         barrier_init(&shared.extras_empty, NUM_WARPS);
+        barrier_init(&shared.common_wanted, NUM_WARPS);
+        barrier_init(&shared.common_full, 1);
         barriers_ready();
     }
     __syncthreads();
@@ -763,7 +779,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backbone_step(const __g
         compute(arguments, shared);
     } else if (threadIdx.x == CONSUMERS) {
         stream_weights(arguments, shared);
-    } else if (threadIdx.x == CONSUMERS + WARP) {
-        copy_extras(arguments, shared);
+    } else if (threadIdx.x >= CONSUMERS + WARP) {
+        bring_extras(arguments, shared);
     }
 }

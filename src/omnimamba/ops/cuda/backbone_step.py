@@ -22,7 +22,7 @@ MAX_STAGES = 32
 WEIGHTS = {torch.bfloat16: "Bf16", torch.int8: "Int8", torch.float8_e4m3fn: "Fp8"}
 MAX_SLICES = 8  # warps that share a row of a matrix, 256 columns or more each
 UNIT = 8  # channels that no block's share divides
-SEGMENT = 72  # rows of a matrix whose sums are in shared memory at once
+SEGMENT = 64  # rows of a matrix whose sums are in shared memory at once
 POINTERS = ("layers", "heads", "final_norm", "slots", "is_t2i", "embedded", "residual", "common", "y", "counters")
 
 
@@ -63,7 +63,7 @@ class Shape(NamedTuple):
         """Of such layers and heads on a device of so many multiprocessors, each with so much shared memory; None if the kernel cannot.
 
         It wants bf16 and matrices of bf16, int8 or float8, a d_model of 256 or 512 or multiples of
-        1024, a convolution of four taps, d_state 64 or 128.
+        1024, a convolution of four taps, d_state 64 or 128, an even rank of LoRA.
         """
         num_heads, headdim, d_state = layer.ssm.shape[1:]
         d_inner, (d_in_proj, d_model) = num_heads * headdim, layer.in_proj.values.shape
@@ -85,6 +85,7 @@ class Shape(NamedTuple):
             and d_in_proj == 2 * d_inner + 2 * d_state + num_heads
             and layer.conv.shape[2] == 4
             and layer.lora.rank > 0
+            and layer.lora.rank % 2 == 0
             and d_state * layer.ssm.itemsize in (256, 512)
             and d_state in (64, 128)
             and 2 * d_state + NUM_WARPS * channels <= 32 * NUM_WARPS
@@ -117,9 +118,9 @@ class Shape(NamedTuple):
         lora = b * self.rank * 2 * (conv + own + self.num_heads)
         states = b * own * self.d_state * (2 if self.half_state else 4)
         extras = 8 * conv * (1 + b) + 2 * conv + lora + 12 * self.num_heads + states
-        norms = 4 * (self.d_model + self.d_inner)
-        floats = self.d_inner + 2 * SEGMENT * self.slices + NUM_WARPS + 6 * own + 4 * self.d_state
-        return extras + norms + 4 * b * floats + 16 * (MAX_STAGES + 1)
+        common = 2 * self.d_state + self.num_heads + 2 * self.rank
+        floats = common + self.d_inner + 2 * SEGMENT * self.slices + NUM_WARPS + 6 * own + 4 * self.d_state
+        return extras + 4 * b * floats + 16 * (MAX_STAGES + 3)
 
     @property
     def shared_bytes(self) -> int:
