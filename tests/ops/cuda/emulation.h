@@ -21,7 +21,6 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #define __device__
@@ -45,7 +44,6 @@ struct Meeting {  // of a fixed number of threads
 struct Warp {
     Meeting meeting;
     float values[2][32];
-    uint4 operands[2][2][32];
 };
 
 struct Block {
@@ -157,15 +155,13 @@ inline bool last_of_grid(u32* counter) { return (int)(*counter)++ == gridDim.x -
 
 inline int warp_index() { return threadIdx.x / 32; }
 
-inline float shuffle(float value, int lane) {
+inline float shuffle_xor(float value, int mask) {
     emulation::Warp& warp = this_warp();
     float* values = warp.values[warp.meeting.generation % 2];
     values[threadIdx.x % 32] = value;
     __syncwarp();
-    return values[lane % 32];
+    return values[threadIdx.x % 32 ^ mask];
 }
-
-inline float shuffle_xor(float value, int mask) { return shuffle(value, threadIdx.x % 32 ^ mask); }
 
 inline u32 word_at(const float* from) {
     u32 word;
@@ -207,28 +203,10 @@ inline u32 pack_bf16(float first, float second) { return to_bf16(first) | (u32)t
 
 inline float2 unpack_bf16(u32 pair) { return {float_of(pair << 16), float_of(pair & 0xffff0000u)}; }
 
-inline u32 digits_of(float number) { return ((u32)std::lrint(number) + 0x808080) ^ 0x808080; }
+constexpr float INT8_OFFSET = 32768 + 128;
 
-inline u32 gather_bytes(const u32 (&words)[4], int i) {
-    u32 bytes = 0;
-    for (int j = 0; j < 4; j++) bytes |= (words[j] >> 8 * i & 255) << 8 * j;
-    return bytes;
-}
-
-inline void multiply_int8(int (&sums)[4], uint4 a, uint4 b) {
-    emulation::Warp& warp = this_warp();
-    auto& operands = warp.operands[warp.meeting.generation % 2];
-    const int lane = threadIdx.x % 32;
-    operands[0][lane] = a, operands[1][lane] = b;
-    __syncwarp();
-    for (int i = 0; i < 2; i++) {
-        for (int q = 0; q < 4; q++) {
-            const signed char* x = (const signed char*)&operands[0][lane / 4 * 4 + q];
-            const signed char* w = (const signed char*)&operands[1][(lane % 4 * 2 + i) * 4 + q];
-            for (int k = 0; k < 16; k++) sums[i] += x[k] * w[k];
-        }
-    }
-    sums[2] = sums[3] = -1;
+inline void widen_int8(u32 bytes, float* numbers) {
+    for (int i = 0; i < 4; i++) numbers[i] = (signed char)(bytes >> 8 * i) + INT8_OFFSET;
 }
 
 inline void widen_fp8(u16 bytes, float* numbers) {

@@ -28,7 +28,7 @@ constexpr int GROUPS = NUM_WARPS / SLICES;      // of SLICES warps, which take t
 constexpr int CONSUMERS = NUM_WARPS * WARP;
 constexpr int THREADS = CONSUMERS + 2 * WARP;  // and the two warps that copy
 constexpr int STAGE_BYTES = 8 * D_MODEL;
-constexpr int IN_FLIGHT = min_of(3, NUM_STAGES);  // under way at once: they keep the memory busy; behind more, the blocks' numbers would wait
+constexpr int IN_FLIGHT = min_of(2, NUM_STAGES);  // under way at once: they keep the memory busy; behind more, the blocks' numbers would wait
 constexpr int SEGMENT = 64;  // rows of a matrix whose sums are in shared memory at once
 constexpr int AT_ONCE = 8;   // sums that a thread has at once: registers bound them
 constexpr int UNIT = 8;      // channels that no share divides: 16 bytes of anything
@@ -49,11 +49,11 @@ static_assert(CONV_CHANNELS <= CONSUMERS && SEGMENT * NUM_ROWS <= CONSUMERS);  /
 static_assert(D_COMMON % 4 == 0);  // received four at a time
 static_assert(NUM_HEADS % UNIT == 0 && D_STATE % UNIT == 0 && BLOCK_CHANNELS % UNIT == 0);
 
-// ---- kinds of matrices; of those that are widened, a lane takes VECTOR numbers at once
+// ---- matrices of which a lane takes VECTOR numbers at once
 
 struct Bf16 {
     static constexpr int size = 2;
-    static constexpr bool takes_digits = false;
+    static constexpr float offset = 0;
     static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
         const uint4 pairs = *(const uint4*)from;
         const u32 bits[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
@@ -67,12 +67,17 @@ struct Bf16 {
 
 struct Int8 {
     static constexpr int size = 1;
-    static constexpr bool takes_digits = true;  // multiplied as they are, by tensor cores
+    static constexpr float offset = INT8_OFFSET;  // more than the numbers are; see widen_int8
+    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
+        const uint2 bytes = *(const uint2*)from;
+        widen_int8(bytes.x, w);
+        widen_int8(bytes.y, w + 4);
+    }
 };
 
 struct Fp8 {
     static constexpr int size = 1;
-    static constexpr bool takes_digits = false;
+    static constexpr float offset = 0;
     static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
         const uint2 bytes = *(const uint2*)from;
         widen_fp8((u16)bytes.x, w);
@@ -181,11 +186,11 @@ struct Extras {
 struct Shared {
     Extras extras;                    // of one layer
     float common[NUM_ROWS][D_COMMON];  // B, C, dt before the convolution, and A u
-    float vector[NUM_ROWS][D_INNER];  // what is multiplied, or its digits
+    float vector[NUM_ROWS][D_INNER];  // what is multiplied
     float partial[2][SEGMENT][NUM_ROWS][SLICES];
-    float squares[NUM_ROWS][NUM_WARPS], largest[NUM_ROWS][NUM_WARPS];
+    float squares[NUM_ROWS][NUM_WARPS];
     float z_x[2][NUM_ROWS][BLOCK_CHANNELS];
-    alignas(16) float B_C[NUM_ROWS][2 * D_STATE], newest[NUM_ROWS][2 * D_STATE];  // after the convolution and before
+    float B_C[NUM_ROWS][2 * D_STATE], newest[NUM_ROWS][2 * D_STATE];  // after the convolution and before
     float decay[NUM_ROWS][BLOCK_CHANNELS], input[NUM_ROWS][BLOCK_CHANNELS];
     float skipped[NUM_ROWS][BLOCK_CHANNELS], gate[NUM_ROWS][BLOCK_CHANNELS];
     u64 full[NUM_STAGES], empty[NUM_STAGES];
@@ -249,19 +254,6 @@ struct Sink {
     u32 segment = 0;  // of all matrices so far
 
     __device__ explicit Sink(Shared& shared) : shared(shared) { place.advance(group); }
-
-    // The stage, once it is full.
-    __device__ __forceinline__ const char* wait() const {
-        barrier_wait(&shared.full[place.stage], place.lap);
-        return stage_at(place.stage);
-    }
-
-    // Gives it back: this warp has read it.
-    __device__ __forceinline__ void release() {
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) barrier_arrive(&shared.empty[place.stage]);
-        place.advance(GROUPS);
-    }
 };
 
 // ---- sums over the lanes of a warp
@@ -269,12 +261,6 @@ struct Sink {
 __device__ __forceinline__ float sum_lanes(float value) {
 #pragma unroll
     for (int mask = WARP / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
-    return value;
-}
-
-__device__ __forceinline__ float largest_of_lanes(float value) {
-#pragma unroll
-    for (int mask = WARP / 2; mask; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
     return value;
 }
 
@@ -303,39 +289,15 @@ __device__ __forceinline__ float4 four_bf16(uint2 bits) {
     return make_float4(float_of(bits.x << 16), float_of(bits.x & 0xffff0000u), float_of(bits.y << 16), float_of(bits.y & 0xffff0000u));
 }
 
-// Vectors of K numbers, spread over the threads of a group, for matrices that are widened: value [j * VECTOR + i] of a lane is that of
-// column j * CHUNK + (slice * WARP + lane) * VECTOR + i.
+// A vector of K numbers spread over the threads of a group: value [j * VECTOR + i] of a lane is that of column
+// j * CHUNK + (slice * WARP + lane) * VECTOR + i.
 template <int K>
-struct Floats {
+struct Vector {
     static constexpr int NUM = K / (SLICES * WARP);
-    float values[NUM_ROWS][NUM];
-
-    __device__ __forceinline__ float unit(int) const { return 1; }
+    float values[NUM_ROWS][NUM], totals[NUM_ROWS];
 };
 
 __device__ __forceinline__ int first_column() { return threadIdx.x % (SLICES * WARP) * VECTOR; }
-
-// The same for int8, in fixed point: a number is three digits to the base 256, from -128 to 127, times a unit. The digits are rows of a
-// matrix (of 3 * NUM_ROWS rows; the tensor cores take 16) whose products with int8 are exact. Lane 4 * g + q has of row g, of each chunk
-// of 64 columns of its warp's slice, columns 16 * q to 16 * q + 15.
-constexpr int DIGITS = 3, DIGIT_CHUNK = 64;
-
-template <int K>
-struct Digits {
-    static constexpr int WIDTH = K / SLICES, CHUNKS = WIDTH / DIGIT_CHUNK;
-    static constexpr float LARGEST = 127 * 65536;
-    static_assert(CHUNKS % 2 == 0 && DIGITS * NUM_ROWS <= 8);
-    uint4 words[CHUNKS];
-    float units[NUM_ROWS];
-
-    __device__ __forceinline__ float unit(int b) const {  // without an index: registers have none
-        float unit = units[0];
-        for (int i = 1; i < NUM_ROWS; i++) unit = i == b ? units[i] : unit;
-        return unit;
-    }
-};
-
-__device__ __forceinline__ char* digits_at(Shared& shared, int b, int digit, int K) { return (char*)shared.vector[b] + digit * K; }
 
 // Of the columns that threads receive, four in a row are the same thread's.
 constexpr int ROUND = 4 * CONSUMERS;
@@ -354,226 +316,54 @@ struct NormWeights {
     }
 };
 
-// Of the published rows x [NUM_ROWS, K], times their norm's weights, the thread's numbers. The squares of x go to `shared`, and if asked
-// for the largest magnitudes.
-template <int K, bool finds_largest>
-struct Received {
-    float4 numbers[NUM_ROWS][NormWeights<K>::NUM];
-
-    __device__ __forceinline__ Received(const float* x, u32 tag, const NormWeights<K>& norm, Shared& shared) {
-        constexpr int NUM = NormWeights<K>::NUM;
-        const int column = 4 * (int)threadIdx.x;
-#pragma unroll
-        for (int b = 0; b < NUM_ROWS; b++) {
-            float squares = 0, largest = 0;
-            if (column < K) {
-                const float* from = x + b * K + column;
-                uint4 words[NUM];
-#pragma unroll
-                for (int j = 0; j < NUM; j++) words[j] = peek4(from + j * ROUND);
-#pragma unroll
-                for (int j = 0; j < NUM; j++) {
-                    const float4 n = receive4(words[j], from + j * ROUND, tag), weights = four_bf16(norm.words[j]);
-                    squares += n.x * n.x + n.y * n.y + n.z * n.z + n.w * n.w;
-                    float4& out = numbers[b][j];
-                    out = make_float4(n.x * weights.x, n.y * weights.y, n.z * weights.z, n.w * weights.w);
-                    largest = fmaxf(fmaxf(fmaxf(fabsf(out.x), fabsf(out.y)), fmaxf(fabsf(out.z), fabsf(out.w))), largest);
-                }
-            }
-            squares = sum_lanes(squares);
-            if (threadIdx.x % WARP == 0) shared.squares[b][threadIdx.x / WARP] = squares;
-            if constexpr (finds_largest) {
-                largest = largest_of_lanes(largest);
-                if (threadIdx.x % WARP == 0) shared.largest[b][threadIdx.x / WARP] = largest;
-            }
-        }
-    }
-};
-
-__device__ __forceinline__ float norm_scale(int b, int K, float eps, const Shared& shared) {
-    float squares = 0;
-#pragma unroll
-    for (int warp = 0; warp < NUM_WARPS; warp++) squares += shared.squares[b][warp];
-    return 1 / sqrtf(squares / K + eps);
-}
-
+// The published rows x [NUM_ROWS, K], normed.
 template <int K>
-__device__ __forceinline__ void receive_normed(
-    Floats<K>& result, const float* x, u32 tag, const NormWeights<K>& norm, float eps, Shared& shared) {
-    const Received<K, false> received(x, tag, norm, shared);
+__device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, const NormWeights<K>& norm, float eps, Shared& shared) {
+    constexpr int NUM = NormWeights<K>::NUM;
     const int column = 4 * (int)threadIdx.x;
 #pragma unroll
     for (int b = 0; b < NUM_ROWS; b++) {
+        float squares = 0;
+        if (column < K) {
+            const float* from = x + b * K + column;
+            if (threadIdx.x % WARP == 0) receive(peek(from), from, tag);  // while words are awaited, few ask for them
+            __syncwarp();
+            uint4 words[NUM];
 #pragma unroll
-        for (int j = 0; j < NormWeights<K>::NUM; j++) {
-            if (column < K) *(float4*)&shared.vector[b][j * ROUND + column] = received.numbers[b][j];
+            for (int j = 0; j < NUM; j++) words[j] = peek4(from + j * ROUND);
+#pragma unroll
+            for (int j = 0; j < NUM; j++) {
+                const float4 n = receive4(words[j], from + j * ROUND, tag), weights = four_bf16(norm.words[j]);
+                squares += n.x * n.x + n.y * n.y + n.z * n.z + n.w * n.w;
+                float4& out = *(float4*)&shared.vector[b][j * ROUND + column];
+                out = make_float4(n.x * weights.x, n.y * weights.y, n.z * weights.z, n.w * weights.w);
+            }
         }
+        squares = sum_lanes(squares);
+        if (threadIdx.x % WARP == 0) shared.squares[b][threadIdx.x / WARP] = squares;
     }
     sync_consumers();
+    Vector<K> result;
 #pragma unroll
     for (int b = 0; b < NUM_ROWS; b++) {
-        const float scale = norm_scale(b, K, eps, shared);
+        float squares = 0;
 #pragma unroll
-        for (int i = 0; i < Floats<K>::NUM; i += 4) {
+        for (int warp = 0; warp < NUM_WARPS; warp += 4) {
+            const float4 four = *(const float4*)&shared.squares[b][warp];
+            squares += four.x + four.y + four.z + four.w;
+        }
+        const float scale = 1 / sqrtf(squares / K + eps);
+#pragma unroll
+        for (int i = 0; i < Vector<K>::NUM; i += 4) {
             const float4 n = *(const float4*)&shared.vector[b][i / VECTOR * CHUNK + first_column() + i % VECTOR];
             result.values[b][i] = n.x * scale, result.values[b][i + 1] = n.y * scale;
             result.values[b][i + 2] = n.z * scale, result.values[b][i + 3] = n.w * scale;
         }
-    }
-}
-
-template <int K>
-__device__ __forceinline__ void receive_normed(
-    Digits<K>& result, const float* x, u32 tag, const NormWeights<K>& norm, float eps, Shared& shared) {
-    const Received<K, true> received(x, tag, norm, shared);
-    sync_consumers();
+        result.totals[b] = 0;
 #pragma unroll
-    for (int b = 0; b < NUM_ROWS; b++) {
-        float largest = 0;
-#pragma unroll
-        for (int warp = 0; warp < NUM_WARPS; warp++) largest = fmaxf(largest, shared.largest[b][warp]);
-        const float inverse = largest > 0 ? Digits<K>::LARGEST / largest : 0;
-        result.units[b] = largest / Digits<K>::LARGEST * norm_scale(b, K, eps, shared);
-        const int column = 4 * (int)threadIdx.x;
-        if (column >= K) continue;
-#pragma unroll
-        for (int j = 0; j < NormWeights<K>::NUM; j++) {
-            const float4 n = received.numbers[b][j];
-            const u32 numbers[4] = {digits_of(n.x * inverse), digits_of(n.y * inverse), digits_of(n.z * inverse), digits_of(n.w * inverse)};
-#pragma unroll
-            for (int digit = 0; digit < DIGITS; digit++) {
-                *(u32*)(digits_at(shared, b, digit, K) + j * ROUND + column) = gather_bytes(numbers, digit);
-            }
-        }
-    }
-    sync_consumers();
-    const int lane = threadIdx.x % WARP, row = lane / 4;
-    const char* digits = digits_at(shared, row / DIGITS % NUM_ROWS, row % DIGITS, K) + threadIdx.x / WARP % SLICES * Digits<K>::WIDTH;
-#pragma unroll
-    for (int chunk = 0; chunk < Digits<K>::CHUNKS; chunk++) {
-        result.words[chunk] = make_uint4(0, 0, 0, 0);
-        if (row < DIGITS * NUM_ROWS) result.words[chunk] = *(const uint4*)(digits + chunk * DIGIT_CHUNK + lane % 4 * 16);
-    }
-}
-
-// A vector for a matrix that is widened, of one that is there.
-template <int K>
-__device__ __forceinline__ const Floats<K>& floats_of(const Floats<K>& x, Shared&) {
-    return x;
-}
-
-template <int K>
-__device__ __forceinline__ Floats<K> floats_of(const Digits<K>& x, Shared& shared) {
-    Floats<K> result;
-#pragma unroll
-    for (int b = 0; b < NUM_ROWS; b++) {
-#pragma unroll
-        for (int i = 0; i < Floats<K>::NUM; i++) {
-            int number = 0;
-#pragma unroll
-            for (int digit = DIGITS - 1; digit >= 0; digit--) {
-                const int column = i / VECTOR * CHUNK + first_column() + i % VECTOR;
-                number = number * 256 + (signed char)digits_at(shared, b, digit, K)[column];
-            }
-            result.values[b][i] = (float)number * x.units[b];
-        }
+        for (int i = 0; i < Vector<K>::NUM; i++) result.totals[b] += result.values[b][i];
     }
     return result;
-}
-
-template <class Weights, int K>
-struct VectorFor {
-    using type = Floats<K>;
-};
-
-template <int K>
-struct VectorFor<Int8, K> {
-    using type = Digits<K>;
-};
-
-// What a matrix of such weights and K columns is multiplied with.
-template <class Weights, int K>
-using Vector = typename VectorFor<Weights, K>::type;
-
-// Sums of a segment, of the columns of each slice.
-using Partial = float[SEGMENT][NUM_ROWS][SLICES];
-
-// Takes the stages of this warp's group that have rows of a segment of `num`.
-template <class Weights, int K>
-__device__ __forceinline__ void take_stages(Sink& sink, const Floats<K>& x, int num, Partial& partial) {
-    constexpr int TILE = STAGE_BYTES / (K * Weights::size);  // rows of a stage
-    constexpr int PASS = min_of(TILE, AT_ONCE / NUM_ROWS);    // of those, at once
-    constexpr int STAGES = AT_ONCE / NUM_ROWS / PASS;         // of the group, at once
-    constexpr int NUM = STAGES * PASS * NUM_ROWS;
-    static_assert(TILE >= 1 && TILE % PASS == 0 && SEGMENT % TILE == 0 && (STAGES == 1 || PASS == TILE));
-    const int lane = threadIdx.x % WARP, num_tiles = (num + TILE - 1) / TILE;
-    int tile = sink.ahead;
-#pragma unroll 1
-    while (tile < num_tiles) {
-#pragma unroll 1
-        for (int pass = 0; pass < TILE; pass += PASS) {
-            float sums[NUM] = {};
-#pragma unroll
-            for (int s = 0; s < STAGES; s++) {
-                if (tile + s * GROUPS >= num_tiles) break;
-                const char* rows = sink.wait() + (pass * K + first_column()) * Weights::size;
-#pragma unroll
-                for (int j = 0; j < K / CHUNK; j++) {
-#pragma unroll
-                    for (int r = 0; r < PASS; r++) {
-                        float w[VECTOR];
-                        Weights::load(rows + (r * K + j * CHUNK) * Weights::size, w);
-#pragma unroll
-                        for (int b = 0; b < NUM_ROWS; b++) {
-#pragma unroll
-                            for (int i = 0; i < VECTOR; i++) {
-                                float& sum = sums[(s * PASS + r) * NUM_ROWS + b];
-                                sum = fmaf(w[i], x.values[b][j * VECTOR + i], sum);
-                            }
-                        }
-                    }
-                }
-                if (pass + PASS == TILE) sink.release();
-            }
-            sum_lanes_of<NUM>(sums, lane);
-            const int which = lane / (WARP / NUM), row = which / NUM_ROWS;
-            const int to = (tile + row / PASS * GROUPS) * TILE + pass + row % PASS;
-            if (lane % (WARP / NUM) == 0 && to < num) partial[to][which % NUM_ROWS][sink.slice] = sums[0];
-        }
-        tile += min(STAGES, (num_tiles - tile + GROUPS - 1) / GROUPS) * GROUPS;
-    }
-    sink.ahead = tile - num_tiles;
-}
-
-template <class Weights, int K>
-__device__ __forceinline__ void take_stages(Sink& sink, const Digits<K>& x, int num, Partial& partial) {
-    constexpr int TILE = STAGE_BYTES / K;
-    static_assert(TILE >= 1 && TILE <= 8 && SEGMENT % TILE == 0);
-    const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, num_tiles = (num + TILE - 1) / TILE;
-    const bool is_odd = g % 2;  // takes chunks in another order: else its loads would meet those of g - 1 in the same banks
-    const float value_of_digit = g % DIGITS == 0 ? 1 : g % DIGITS == 1 ? 256 : 65536;
-    int tile = sink.ahead;
-#pragma unroll 1
-    for (; tile < num_tiles; tile += GROUPS) {
-        const char* row = sink.wait() + g % TILE * K + sink.slice * Digits<K>::WIDTH + q * 16;
-        int sums[2][4] = {};
-#pragma unroll
-        for (int chunk = 0; chunk < Digits<K>::CHUNKS; chunk += 2) {
-            const uint4 first = *(const uint4*)(row + (chunk + is_odd) * DIGIT_CHUNK);
-            const uint4 second = *(const uint4*)(row + (chunk + 1 - is_odd) * DIGIT_CHUNK);
-            multiply_int8(sums[0], x.words[chunk], is_odd ? second : first);
-            multiply_int8(sums[1], x.words[chunk + 1], is_odd ? first : second);
-        }
-        sink.release();
-#pragma unroll
-        for (int i = 0; i < 2; i++) {  // of digit g and rows 2 * q, 2 * q + 1 of the stage
-            const float sum = (float)(sums[0][i] + sums[1][i]) * value_of_digit;
-            const float all = sum + shuffle(sum, lane + 4) + shuffle(sum, lane + 8);
-            const int to = tile * TILE + 2 * q + i;
-            if (g % DIGITS == 0 && g < DIGITS * NUM_ROWS && 2 * q + i < TILE && to < num) partial[to][g / DIGITS][sink.slice] = all;
-        }
-    }
-    sink.ahead = tile - num_tiles;
 }
 
 // Of a product's segment of `num` rows, a thread emits one at most.
@@ -590,21 +380,69 @@ __device__ __forceinline__ auto prepared(int num_rows, Prepare prepare) {
 
 // Calls emit(row, b, product, prepare(row, b)) for the next `num_rows` rows in the ring, `row` counted from 0; each in one thread.
 // early: what `prepared` gave.
-template <class Weights, class X, class Prepare, class Early, class Emit>
-__device__ __forceinline__ void multiply(Sink& sink, const X& x, int num_rows, Prepare prepare, Early early, Emit emit) {
+template <class Weights, int K, class Prepare, class Early, class Emit>
+__device__ __forceinline__ void multiply(Sink& sink, const Vector<K>& x, int num_rows, Prepare prepare, Early early, Emit emit) {
+    constexpr int TILE = STAGE_BYTES / (K * Weights::size);          // rows of a stage
+    constexpr int PASS = min_of(TILE, AT_ONCE / NUM_ROWS);            // of those, at once
+    constexpr int STAGES = AT_ONCE / NUM_ROWS / PASS;                 // of the group, at once
+    constexpr int NUM = STAGES * PASS * NUM_ROWS;
+    static_assert(TILE >= 1 && TILE % PASS == 0 && SEGMENT % TILE == 0 && (STAGES == 1 || PASS == TILE));
+    const int lane = threadIdx.x % WARP;
     const Emitted emitted;
+    Shared& shared = sink.shared;
 #pragma unroll 1
     for (int first = 0; first < num_rows; first += SEGMENT, sink.segment++) {
-        const int num = min(SEGMENT, num_rows - first);
+        const int num = min(SEGMENT, num_rows - first), num_tiles = (num + TILE - 1) / TILE;
         if (first > 0 && emitted.row < num) early = prepare(first + emitted.row, emitted.b);
-        Partial& partial = sink.shared.partial[sink.segment % 2];
-        take_stages<Weights>(sink, x, num, partial);
+        auto& partial = shared.partial[sink.segment % 2];
+        int tile = sink.ahead;
+#pragma unroll 1
+        while (tile < num_tiles) {
+#pragma unroll 1
+            for (int pass = 0; pass < TILE; pass += PASS) {
+                float sums[NUM];
+#pragma unroll
+                for (int i = 0; i < NUM; i++) sums[i] = Weights::offset == 0 ? 0 : -Weights::offset * x.totals[i % NUM_ROWS];
+#pragma unroll
+                for (int s = 0; s < STAGES; s++) {
+                    if (tile + s * GROUPS >= num_tiles) break;
+                    barrier_wait(&shared.full[sink.place.stage], sink.place.lap);
+                    const char* rows = stage_at(sink.place.stage) + (pass * K + first_column()) * Weights::size;
+#pragma unroll
+                    for (int j = 0; j < K / CHUNK; j++) {
+#pragma unroll
+                        for (int r = 0; r < PASS; r++) {
+                            float w[VECTOR];
+                            Weights::load(rows + (r * K + j * CHUNK) * Weights::size, w);
+#pragma unroll
+                            for (int b = 0; b < NUM_ROWS; b++) {
+#pragma unroll
+                                for (int i = 0; i < VECTOR; i++) {
+                                    float& sum = sums[(s * PASS + r) * NUM_ROWS + b];
+                                    sum = fmaf(w[i], x.values[b][j * VECTOR + i], sum);
+                                }
+                            }
+                        }
+                    }
+                    if (pass + PASS < TILE) continue;
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&shared.empty[sink.place.stage]);
+                    sink.place.advance(GROUPS);
+                }
+                sum_lanes_of<NUM>(sums, lane);
+                const int which = lane / (WARP / NUM), row = which / NUM_ROWS;
+                const int to = (tile + row / PASS * GROUPS) * TILE + pass + row % PASS;
+                if (lane % (WARP / NUM) == 0 && to < num) partial[to][which % NUM_ROWS][sink.slice] = sums[0];
+            }
+            tile += min(STAGES, (num_tiles - tile + GROUPS - 1) / GROUPS) * GROUPS;
+        }
+        sink.ahead = tile - num_tiles;
         sync_consumers();
         if (emitted.row < num) {
             float sum = 0;
 #pragma unroll
             for (int s = 0; s < SLICES; s++) sum += partial[emitted.row][emitted.b][s];
-            emit(first + emitted.row, emitted.b, sum * x.unit(emitted.b), early);
+            emit(first + emitted.row, emitted.b, sum, early);
         }
     }
 }
@@ -825,6 +663,22 @@ __device__ void copy_extras(const Arguments& arguments, const Layer& layer, cons
     }
 }
 
+// What all blocks share of a layer, once it is published, by one warp.
+__device__ __forceinline__ void receive_common(const float* from, u32 tag, Shared& shared) {
+    constexpr int TURN = 4 * WARP, NUM = (NUM_ROWS * D_COMMON + TURN - 1) / TURN;
+    const int first = threadIdx.x % WARP * 4;
+    uint4 words[NUM];
+#pragma unroll
+    for (int j = 0; j < NUM; j++) {
+        if (first + j * TURN < NUM_ROWS * D_COMMON) words[j] = peek4(from + first + j * TURN);
+    }
+#pragma unroll
+    for (int j = 0; j < NUM; j++) {
+        const int n = first + j * TURN;
+        if (n < NUM_ROWS * D_COMMON) *(float4*)(&shared.common[0][0] + n) = receive4(words[j], from + n, tag);
+    }
+}
+
 // A warp's part of a layer: copies of its extras, ahead of their use, then what all blocks share, as it is published.
 __device__ void bring_extras(const Arguments& arguments, Shared& shared) {
     const Update update(arguments, shared);
@@ -837,10 +691,7 @@ __device__ void bring_extras(const Arguments& arguments, Shared& shared) {
         if (lane == 0) copy_extras(arguments, arguments.layers[i], update, shared);
         __syncwarp();
         barrier_wait(&shared.common_wanted, i & 1);
-        float* common = &shared.common[0][0];
-        for (int n = 4 * lane; n < NUM_ROWS * D_COMMON; n += 4 * WARP) {
-            *(float4*)(common + n) = receive4(peek4(arguments.common + n), arguments.common + n, tag);
-        }
+        receive_common(arguments.common, tag, shared);
         __syncwarp();
         if (lane == 0) barrier_arrive(&shared.common_full);
     }
@@ -883,18 +734,15 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
         };
         const auto early_common = prepared(common.num_projected, common_scale);
         const auto early_z_x = prepared(2 * channels.num, z_x_scale);
-        Vector<LAYER_WEIGHTS, D_MODEL> x;
-        receive_normed(x, arguments.residual, residual_tag, norm, eps, shared);
+        const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
         residual_tag ^= 1;
         tag ^= 1;
         if (speaks) barrier_arrive(&shared.common_wanted);
-        if (common.num_lora) {
-            multiply<Bf16>(
-                sink, floats_of(x, shared), common.num_lora, [](int, int) { return 0; }, 0,
-                [&](int row, int b, float sum, int) {
-                    publish(arguments.common + b * D_COMMON + NUM_COMMON + common.first_lora + row, sum, tag);
-                });
-        }
+        multiply<Bf16>(
+            sink, x, common.num_lora, [](int, int) { return 0; }, 0,
+            [&](int row, int b, float sum, int) {
+                publish(arguments.common + b * D_COMMON + NUM_COMMON + common.first_lora + row, sum, tag);
+            });
         multiply<LAYER_WEIGHTS>(sink, x, common.num_projected, common_scale, early_common, [&](int row, int b, float sum, float scale) {
             publish(arguments.common + b * D_COMMON + common.first + row, sum * scale, tag);
         });
@@ -910,8 +758,7 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
         update.convolve_channel(layer);
         sync_consumers();
         update.update_states(layer, tag);
-        Vector<LAYER_WEIGHTS, D_INNER> y;
-        receive_normed(y, arguments.y, tag, gated_norm, eps, shared);
+        const Vector<D_INNER> y = receive_normed<D_INNER>(arguments.y, tag, gated_norm, eps, shared);
         if (i % gridDim.x == blockIdx.x) update.shift_B_C(layer);
         __syncwarp();
         if (speaks) barrier_arrive(&shared.extras_empty);
@@ -920,8 +767,7 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
             publish(arguments.residual + b * D_MODEL + out_rows.first + row, early.addend + sum * early.scale, residual_tag);
         });
     }
-    Vector<HEAD_WEIGHTS, D_MODEL> x;
-    receive_normed(x, arguments.residual, residual_tag, norm, eps, shared);
+    const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
 #pragma unroll 1
     for (int j = 0; j < arguments.num_heads; j++) {
         const Head& head = arguments.heads[j];
