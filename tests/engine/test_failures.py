@@ -127,7 +127,8 @@ def test_a_lost_device_is_the_callers_problem(engine, t2i, monkeypatch):
 
 
 def test_a_full_queue(engine, t2i):
-    events = submit_all(engine, [t2i("a zoo")] * 3)
+    """4 find a slot at the next step, 3 wait."""
+    events = submit_all(engine, [t2i("a zoo")] * (4 + 3))
     with pytest.raises(QueueFull):
         engine.submit(t2i("a zoo"))
     with pytest.raises(QueueFull):

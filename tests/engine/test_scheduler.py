@@ -42,14 +42,33 @@ def test_requests_that_never_fit():
 def test_a_full_queue_refuses():
     scheduler = Scheduler(1, max_waiting=2)
     scheduler.submit(0, 1)
-    scheduler.submit(1, 1)
-    with pytest.raises(QueueFull, match="2 requests wait already"):
-        scheduler.submit(2, 1)
     assert scheduler.admit() == [(0, [0])]
+    scheduler.submit(1, 1)
     scheduler.submit(2, 1)
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        scheduler.submit(3, 1)
     scheduler.withdraw(1)
+    scheduler.submit(3, 1)
     scheduler.release([0])
     assert scheduler.admit() == [(2, [0])]
+
+
+def test_requests_that_fit_into_free_slots_do_not_fill_the_queue():
+    scheduler = Scheduler(3, max_waiting=2)
+    for request_id in range(3 + 2):
+        scheduler.submit(request_id, 1)
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        scheduler.submit(5, 1)
+    assert [request_id for request_id, _ in scheduler.admit()] == [0, 1, 2] and len(scheduler.waiting) == 2
+
+
+def test_requests_behind_one_that_does_not_fit_fill_the_queue():
+    scheduler = Scheduler(3, max_waiting=2)
+    for request_id, num_slots in enumerate((2, 2, 1)):  # a slot stays free, and the last one would fit
+        scheduler.submit(request_id, num_slots)
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        scheduler.submit(3, 1)
+    assert scheduler.admit() == [(0, [0, 1])] and len(scheduler.waiting) == 2
 
 
 def test_a_slot_is_released_once():
@@ -83,7 +102,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.held: dict[int, list[int]] = {}
         self.num_submitted = 0
 
-    @precondition(lambda self: len(self.queue) < 5)
+    @property
+    def num_held_back(self):
+        num_free = 7 - sum(map(len, self.held.values()))
+        needed = [num_slots for _, num_slots in self.queue]
+        return min(len(needed) - num for num in range(len(needed) + 1) if sum(needed[:num]) <= num_free)
+
+    @precondition(lambda self: self.num_held_back < 5)
     @rule(target=ids, num_slots=st.integers(1, 7))
     def submit(self, num_slots):
         self.num_submitted += 1
@@ -91,7 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queue.append((self.num_submitted, num_slots))
         return self.num_submitted
 
-    @precondition(lambda self: len(self.queue) == 5)
+    @precondition(lambda self: self.num_held_back == 5)
     @rule(num_slots=st.integers(1, 7))
     def submit_to_a_full_queue(self, num_slots):
         with pytest.raises(QueueFull):
@@ -109,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.held[request_id] = slots
         if self.queue:
             assert self.queue[0][1] > 7 - sum(map(len, self.held.values())), "the first in the queue would have fitted"
+        assert len(self.queue) <= 5
 
     @rule()
     def compact(self):
@@ -137,7 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         held = [slot for slots in self.held.values() for slot in slots]
         assert sorted(held + self.scheduler.free) == list(range(7))
         assert self.scheduler.free == sorted(self.scheduler.free)
-        assert list(self.scheduler.waiting) == self.queue and len(self.queue) <= 5
+        assert list(self.scheduler.waiting) == self.queue and self.scheduler.num_held_back == self.num_held_back <= 5
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -4,7 +4,7 @@ import numba
 import pytest
 import torch
 
-from omnimamba.ops.cpu import decode, vector
+from omnimamba.ops.cpu import LANES, decode, vector
 from omnimamba.ops.quant import quantize
 
 FORMATS = {"float32": decode.F32, "bfloat16": decode.BF16, "int8": decode.INT8, "fp8": decode.FP8, "int4": decode.INT4}
@@ -19,7 +19,7 @@ def randn(*shape, seed=0):
 
 @numba.njit
 def exps(x, y, num):
-    for i in range(0, num, vector.LANES):
+    for i in range(0, num, LANES):
         vector.store_f32(y + 4 * i, vector.exp(vector.load_f32(x + 4 * i)))
 
 
@@ -37,7 +37,7 @@ def test_exp():
 @numba.njit
 def rounded(x, by_vector, by_number):
     vector.store_bf16(by_vector, vector.load_f32(x))
-    for i in range(vector.LANES):
+    for i in range(LANES):
         vector.set_bf16(by_number + 2 * i, vector.get_f32(x + 4 * i))
 
 
@@ -51,7 +51,7 @@ def test_bf16_is_rounded_as_pytorch_does():
 
 @numba.njit
 def floats_of_fp8(x, y):
-    for i in range(0, 256, vector.LANES):
+    for i in range(0, 256, LANES):
         vector.store_f32(y + 4 * i, vector.load_fp8(x + i))
 
 
@@ -73,7 +73,7 @@ def product(name, weight, x, *, out=None, thread=(0, 1)):
         scale = scale.bfloat16() if name == "int4" else scale
     else:
         matrix = values.float()
-    stride = k + k // decode.GROUP_SIZE + decode.LANES
+    stride = k + k // decode.GROUP_SIZE + LANES
     rows = torch.full((len(x), stride), torch.nan)
     for row, numbers in zip(rows, x, strict=True):
         if name == "int4":

@@ -234,7 +234,7 @@ def test_a_full_queue(new_omni, serve):
         hold.set()
         responses = [future.result() for future in futures]
         statuses = [response.status_code for response in responses]
-        assert statuses.count(200) >= 2 and statuses.count(429) >= 8 and set(statuses) == {200, 429}
+        assert statuses.count(200) == 4 and statuses.count(429) == 8
         for response in responses:
             if response.status_code == 429:
                 assert is_openai_error(response) and 1 <= int(response.headers["retry-after"]) <= 60

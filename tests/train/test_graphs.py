@@ -1,6 +1,7 @@
 """Recorded steps against steps from Python: on a CPU with a recorder that repeats the step, on a GPU with CUDA graphs."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -130,6 +131,19 @@ def test_one_recording_for_each_set_of_shapes(recipe):
     assert [number for number, _ in seen] == [0, 1, 2, 2, 4, 2]  # what is recorded sees the number it was recorded with
     assert len({id(batch[Task.MMU].ids) for _, batch in seen}) == 2
     assert shapes_of(batches[0]) != shapes_of(batches[1]) == shapes_of(mapped(batches[1], torch.clone))
+
+
+class Part(NamedTuple):
+    x: torch.Tensor
+
+
+def test_the_recording_used_longest_ago_makes_way(monkeypatch):
+    monkeypatch.setattr("omnimamba.train.graphs.MAX_RECORDINGS", 2)
+    repeater = Repeater()
+    steps = RecordedSteps(lambda batch, number: {"loss": batch["part"].x.sum()}, CPU, repeater)
+    for number, size in enumerate((1, 1, 2, 2, 1, 3, 1, 2, 2)):  # 3 drops 2, which then drops 3
+        assert steps({"part": Part(torch.full((size,), number))}, number)["loss"] == size * number
+    assert (repeater.num_run, repeater.num_recorded, repeater.num_played) == (4, 3, 5) and len(steps.buckets.values) == 2
 
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "is_nonzero", "unique", "repeat_interleave"}

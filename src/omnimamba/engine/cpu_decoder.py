@@ -14,6 +14,7 @@ from omnimamba.config import Task
 from omnimamba.model.mamba2 import Mamba2Block
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
+from omnimamba.ops.cpu import LANES
 from omnimamba.ops.cpu import decode as kernels
 from omnimamba.ops.quant import QuantizedWeight
 
@@ -48,7 +49,7 @@ class CPUDecoder:
             d_state=backbone.d_state,
             ngroups=backbone.ngroups,
             d_conv=backbone.d_conv,
-            rank=-(-lora.rank // kernels.LANES) * kernels.LANES,
+            rank=-(-lora.rank // LANES) * LANES,
             image_vocab_size=model.config.image_vocab_size,
             text_vocab_size=model.config.text_vocab_size,
             eps=backbone.norm_eps,

@@ -74,7 +74,8 @@ class Engine:
 
     stop_ids end a text, suppressed_ids are never sampled in one (both of the text vocabulary). max_prefill_tokens bounds the
     positions of one prefill pass, padding included; longer prompts are read in pieces between decode steps. max_waiting bounds
-    the queue. prefix_cache_bytes is the room for snapshots of prompts that requests with a `prefix_key` have read.
+    the queue, beside what fits into free slots. prefix_cache_bytes is the room for snapshots of prompts that requests with a
+    `prefix_key` have read.
     """
 
     def __init__(

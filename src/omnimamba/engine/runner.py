@@ -21,6 +21,7 @@ from omnimamba.engine.prefill import PrefillGraphs, position_rows, read
 from omnimamba.engine.request import Request, SamplingParams
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
+from omnimamba.ops.cpu import LANES
 from omnimamba.ops.plain_path import announce_plain_path, missing_for_kernels
 from omnimamba.ops.quant import QuantizedWeight
 
@@ -75,8 +76,8 @@ def missing_for_cpu_decoding(model: OmniMambaModel, ssm_dtype: torch.dtype) -> s
     sizes = {"d_model": backbone.d_model, "d_inner / ngroups": backbone.d_inner // backbone.ngroups}
     sizes |= {"headdim": backbone.headdim, "d_state": backbone.d_state}
     for name, size in sizes.items():
-        if size % 16:
-            return f"decoding has no kernel for {name}={size}, which is no multiple of 16"
+        if size % LANES:
+            return f"decoding has no kernel for {name}={size}, which is no multiple of {LANES}"
     for dtype in (model.dtype, ssm_dtype):
         if dtype not in (torch.float32, torch.bfloat16):
             return f"decoding has no kernel for {str(dtype).removeprefix('torch.')}; float32 and bfloat16 have"

@@ -11,7 +11,7 @@ class QueueFull(RuntimeError):
 
 
 class Scheduler:
-    """A pool of `num_slots` slots and the requests, at most `max_waiting`, that wait for them.
+    """A pool of `num_slots` slots and the requests that wait for them, at most `max_waiting` beside those that fit into free ones.
 
     A request gets all of its slots at once. One that does not fit yet holds back those behind it, so none starves.
     """
@@ -33,9 +33,19 @@ class Scheduler:
                 f"the request needs {num_slots} slots (2 a guided sample, else 1) but the engine has {self.num_slots}; "
                 "ask for fewer samples, or raise num_slots"
             )
-        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests wait already, as many as may; try again later")
+        if self.max_waiting is not None and self.num_held_back >= self.max_waiting:
+            raise QueueFull(f"{self.num_held_back} requests wait already, as many as may; try again later")
         self.waiting.append((request_id, num_slots))
+
+    @property
+    def num_held_back(self) -> int:
+        """Requests in the queue that `admit` would leave there."""
+        num_free = len(self.free)
+        for idx, (_, num_slots) in enumerate(self.waiting):
+            num_free -= num_slots
+            if num_free < 0:
+                return len(self.waiting) - idx
+        return 0
 
     @property
     def can_admit(self) -> bool:

@@ -17,7 +17,7 @@ from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms
 from omnimamba.ops.block import BlockOptions, BlockWeights, can_learn_block, learn_block
 from omnimamba.ops.norm import length_mask, softplus_dt
 from omnimamba.ops.prefill import add_rms_norm, scan_inputs
-from omnimamba.ops.ssd import split_scan_inputs
+from omnimamba.ops.ssd import A_of, split_scan_inputs
 
 # Step sizes and decay rates (-A) at initialisation, both log-uniform: a head remembers 2 to 500 positions and takes a new one in
 # at a third of its size. mamba_ssm's own ranges (1e-3 to 0.1, 1 to 16) weigh a position 10 positions back with 1 % of the present
@@ -125,7 +125,7 @@ class Mamba2Mixer(nn.Module):
 
     @property
     def A(self) -> Tensor:
-        return -torch.exp(self.A_log.float())  # fp32: in fp16 exp(A_log) overflows
+        return A_of(self.A_log)
 
     @property
     def bias(self) -> Tensor:

@@ -47,6 +47,11 @@ def ssd_chunk_scan(
     return plain_ssd_chunk_scan(x, dt, A, B, C, D=D, chunk_size=chunk_size, initial_state=initial_state)
 
 
+def A_of(A_log: Tensor) -> Tensor:
+    """A [h] of the parameter A_log [h], which keeps it negative."""
+    return -torch.exp(A_log.float())  # fp32: in fp16 exp(A_log) overflows
+
+
 def split_scan_inputs(xBC: Tensor, num_heads: int, num_groups: int, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., h, p], B and C [..., g, n] of the convolution's output [..., c], or of its gradient: views."""
     size = num_groups * d_state

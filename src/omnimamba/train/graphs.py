@@ -19,9 +19,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from omnimamba.data.kept import Kept
+
 Figures = dict[str, Tensor]
 Batch = Mapping[Any, Any]  # of NamedTuples of tensors and None
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
+MAX_RECORDINGS = 32
+"""Sets of shapes that are kept, each with its graph and the buffers of a batch. `nano`'s stage 2 meets 3."""
 
 
 def mapped(batch: AnyBatch, change: Callable[[Tensor], Tensor]) -> AnyBatch:
@@ -83,18 +87,20 @@ class _Bucket:
 
 
 class RecordedSteps:
-    """A training step that is recorded for each set of shapes; `run(batch, step)` may not depend on the step's number."""
+    """A training step that is recorded for each set of shapes; `run(batch, step)` may not depend on the step's number.
+
+    Of more than MAX_RECORDINGS sets, those used last are kept. One that comes back begins anew, so rare shapes run from Python.
+    """
 
     def __init__(self, run: Callable[[Batch, int], Figures], device: torch.device, recorder: Recorder) -> None:
         self.run, self.device, self.recorder = run, device, recorder
-        self.buckets: dict[Hashable, _Bucket] = {}
+        self.buckets = Kept(MAX_RECORDINGS)
 
     def __call__(self, batch: Batch, step: int) -> Figures:
         """What `run` returns. The next step may overwrite it."""
-        key = shapes_of(batch)
-        if key not in self.buckets:
-            self.buckets[key] = _Bucket(mapped(batch, lambda tensor: torch.empty_like(tensor, device=self.device)))
-        bucket = self.buckets[key]
+        bucket = self.buckets.get(
+            shapes_of(batch), lambda: _Bucket(mapped(batch, lambda tensor: torch.empty_like(tensor, device=self.device)))
+        )
         for name, part in batch.items():
             for buffer, tensor in zip(bucket.batch[name], part, strict=True):
                 if tensor is not None:

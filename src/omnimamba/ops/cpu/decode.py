@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from omnimamba.ops.cpu import LANES
 from omnimamba.ops.cpu.vector import (
-    LANES,
     exp,
     fma,
     full,

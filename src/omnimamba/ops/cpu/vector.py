@@ -21,7 +21,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-LANES = 16
+from omnimamba.ops.cpu import LANES
+
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.block import BlockOptions, BlockWeights
 from omnimamba.ops.norm import output_dtype
-from omnimamba.ops.ssd import split_scan_inputs
+from omnimamba.ops.ssd import A_of, split_scan_inputs
 from omnimamba.ops.triton.conv import conv_backward, conv_forward
 from omnimamba.ops.triton.launch import launch
 from omnimamba.ops.triton.norm import norm_backward, norm_forward
@@ -128,7 +128,7 @@ class Block(torch.autograd.Function):
             inputs = read(residual, weights, options, seed, lengths, dtype)
             z, _, _ = split_parts(inputs.zxbcdt, options)
             x, B, C = split_scan(inputs.xBC, options)
-            y, _ = scan_forward(x, inputs.dt, -torch.exp(weights.A_log.float()), B, C, weights.D.float())
+            y, _ = scan_forward(x, inputs.dt, A_of(weights.A_log), B, C, weights.D.float())
             gated = norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, dtype)
             out = residual + (gated @ weights.out_proj.to(dtype).T).view(b, l, d)
         kept = () if options.recompute else (inputs.zxbcdt, inputs.xBC)
@@ -166,7 +166,7 @@ class Block(torch.autograd.Function):
             del dgated
 
             # the scan and the convolution
-            A = -torch.exp(weights.A_log.float())
+            A = A_of(weights.A_log)
             dscan = torch.empty(inputs.xBC.shape, dtype=dtype, device=residual.device)
             x, B, C = split_scan(inputs.xBC, options)
             dsteps, dA, grads["D"], _ = scan_backward(
