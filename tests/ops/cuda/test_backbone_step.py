@@ -186,7 +186,21 @@ def test_what_the_compiler_refuses_is_an_error():
         compile.compile_cubin(backbone_step.SOURCES, LARGE._replace(layer_weights="Bf17").defines(), "sm_90")
 
 
-def test_shapes_that_it_leaves_to_others(monkeypatch):
+def test_without_nvrtc_it_is_said_once(monkeypatch, caplog):
+    def library():
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(compile, "library", library)
+    compile.is_available.cache_clear()
+    assert not compile.is_available() and not compile.is_available()
+    assert [record.message for record in caplog.records] == [
+        "decoding takes several launches a layer, for NVRTC, which torch's CUDA wheels bring, is missing: "
+        "libnvrtc.so.13: cannot open shared object file"
+    ]
+    compile.is_available.cache_clear()
+
+
+def test_shapes_that_it_leaves_to_others():
     """Other numbers, sizes and devices."""
 
     def shape_of(model: OmniMambaModel, num_rows: int = 1, **options) -> Shape | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from triton.runtime.cache import get_cache_manager
 
+logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17",)
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
@@ -43,6 +45,17 @@ def compile_cubin(sources: Sequence[str], defines: Mapping[str, object], archite
 def library() -> ctypes.CDLL:
     assert torch.version.cuda is not None
     return ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether NVRTC is there; if not, that is said once."""
+    try:
+        library()
+    except OSError as error:
+        logger.warning("decoding takes several launches a layer, for NVRTC, which torch's CUDA wheels bring, is missing: %s", error)
+        return False
+    return True
 
 
 def fetch(program: ctypes.c_void_p, size_of: ctypes._FuncPointer, copy: ctypes._FuncPointer) -> bytes:
