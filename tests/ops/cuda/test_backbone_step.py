@@ -147,6 +147,8 @@ def test_the_emulated_kernel_equals_the_plain_step(emulate, case, name, seed):
 
     def launch(shape, *values, eps):
         arguments, kept = arguments_of(*values, eps=eps)
+        if seed % 2:  # the smallest ring, in which a thread that wants two stages at once would wait for ever
+            shape = shape._replace(num_stages=backbone_step.NUM_WARPS // shape.slices)
 
         def step():
             assert emulate(shape).emulate(ctypes.byref(arguments), NUM_BLOCKS, seed), "threads waited for each other"

@@ -3,8 +3,8 @@
 //
 // At few rows the time is that of reading the weights. So one warp of a block does nothing but stream the block's rows of all matrices,
 // in the order of their use, through a ring of shared memory (bulk copies that complete on mbarriers); it never waits for a result, only
-// for a free stage. What the other warps wait for each other's numbers, they make up from the ring, which is then full: the memory
-// never rests. Behind such a stream a load from memory takes microseconds. So another warp brings most else that a layer needs to
+// for a free stage. What the other warps wait for other blocks' numbers, they make up from the ring, which is then full, so the memory
+// rests little. Behind such a stream a load from memory takes microseconds. So another warp brings most else that a layer needs to
 // shared memory in time (`Extras`), and the rest is loaded into registers before a wait, for after it.
 //
 // A block has its share of the channels of d_inner: it alone computes their z and x and keeps their states. B, C, dt and LoRA's A u,
@@ -21,17 +21,17 @@
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 constexpr int WARP = 32;
-constexpr int VECTOR = 8;                       // columns of a matrix that a lane takes at once
-constexpr int CHUNK = SLICES * WARP * VECTOR;    // columns that the warps of a group take at once
-constexpr int NUM_WARPS = 16;                   // that compute
-constexpr int GROUPS = NUM_WARPS / SLICES;      // of SLICES warps, which take the stages of the ring in turn
+constexpr int VECTOR = 8;                          // columns of a matrix that a lane takes at once
+constexpr int CHUNK = SLICES * WARP * VECTOR;      // columns that the warps of a group take at once
+constexpr int NUM_WARPS = 16;                      // that compute
+constexpr int GROUPS = NUM_WARPS / SLICES;         // of SLICES warps, which take the stages of the ring in turn
 constexpr int CONSUMERS = NUM_WARPS * WARP;
-constexpr int THREADS = CONSUMERS + 2 * WARP;  // and the two warps that copy
+constexpr int THREADS = CONSUMERS + 2 * WARP;      // and the two warps that copy
 constexpr int STAGE_BYTES = 8 * D_MODEL;
-constexpr int IN_FLIGHT = min_of(2, NUM_STAGES);  // under way at once: they keep the memory busy; behind more, the blocks' numbers would wait
-constexpr int SEGMENT = 64;  // rows of a matrix whose sums are in shared memory at once
-constexpr int AT_ONCE = 8;   // sums that a thread has at once: registers bound them
-constexpr int UNIT = 8;      // channels that no share divides: 16 bytes of anything
+constexpr int IN_FLIGHT = min_of(2, NUM_STAGES);   // stages under way at once: enough for the memory; behind more, numbers would wait
+constexpr int SEGMENT = 64;                        // rows of a matrix whose sums are in shared memory at once
+constexpr int AT_ONCE = 8;                         // sums that a thread has at once: registers bound them
+constexpr int UNIT = 8;                            // channels that no share divides: 16 bytes of anything
 
 constexpr int D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + NUM_HEADS;
 constexpr int NUM_COMMON = 2 * D_STATE + NUM_HEADS;  // rows of in_proj that all blocks need: B, C, dt
@@ -40,13 +40,13 @@ constexpr int HEADDIM = D_INNER / NUM_HEADS;
 constexpr int PER_LANE = D_STATE / WARP;  // numbers of a state that a lane has
 constexpr int BLOCK_CHANNELS = CHANNELS * NUM_WARPS;
 constexpr int CONV_CHANNELS = 2 * D_STATE + BLOCK_CHANNELS;  // that a block computes: B, C and its own of x
-constexpr int STATE_BYTES = HALF_STATE ? 2 : 4;             // of a number
+constexpr int STATE_BYTES = HALF_STATE ? 2 : 4;              // of a number
 
 static_assert(D_MODEL % CHUNK == 0 && D_INNER % CHUNK == 0);
 static_assert(PER_LANE == 2 || PER_LANE == 4);
-static_assert(NUM_STAGES % GROUPS == 0);     // a stage is always the same group's: none waits for a phase after the next
+static_assert(NUM_STAGES % GROUPS == 0);                                        // a stage is always the same group's
 static_assert(CONV_CHANNELS <= CONSUMERS && SEGMENT * NUM_ROWS <= CONSUMERS);  // one for each thread
-static_assert(D_COMMON % 4 == 0);  // received four at a time
+static_assert(D_COMMON % 4 == 0);                                               // received four at a time
 static_assert(NUM_HEADS % UNIT == 0 && D_STATE % UNIT == 0 && BLOCK_CHANNELS % UNIT == 0);
 
 // ---- matrices of which a lane takes VECTOR numbers at once
