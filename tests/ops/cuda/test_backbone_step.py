@@ -171,16 +171,17 @@ LARGE = Shape(2048, 4096, 64, 128, 8, 1, "Bf16", "Bf16", False, 2, 8, 8)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "sm_120"])  # Hopper and two of Blackwell
 @pytest.mark.parametrize("num_rows", [1, 2])
 @pytest.mark.parametrize(("weights", "half_state"), [("Bf16", False), ("Int8", True), ("Fp8", False)])
-def test_it_compiles_for_hopper(num_rows, weights, half_state):
-    """At the 1.3B shape, with hardly a register spilled."""
+def test_it_compiles(architecture, num_rows, weights, half_state):
+    """At the 1.3B shape, with hardly a register spilled: there is little cache beside the ring."""
     num_stages = 10 - 2 * num_rows
     shape = LARGE._replace(num_rows=num_rows, num_stages=num_stages, layer_weights=weights, head_weights=weights, half_state=half_state)
-    _, log = compile.compile_cubin(backbone_step.SOURCES, shape.defines(), "sm_90")
+    _, log = compile.compile_cubin(backbone_step.SOURCES, shape.defines(), architecture)
     assert "warning" not in log, log
     spilled = re.search(r"(\d+) bytes spill stores", log)
-    assert spilled and int(spilled[1]) <= 128, log
+    assert spilled and int(spilled[1]) <= 8, log
 
 
 def test_what_the_compiler_refuses_is_an_error():
