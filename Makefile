@@ -29,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP) ## paint an image with the shipped model, describe a real one
 	@rm -rf demo && mkdir demo
-	$(BIN)/omnimamba generate "red apple" -o demo/apple.png --num-images 4 --seed 0 --model nano
+	$(BIN)/omnimamba generate "red apple" -o demo/apple.png --num-images 4 --seed 3 --model nano
 	$(BIN)/omnimamba describe $(EXAMPLE) --question "What is this?" --model nano > demo/description.txt
 	@echo "painted 'red apple':"; ls demo/*.png
 	@echo "described $(EXAMPLE):"; cat demo/description.txt

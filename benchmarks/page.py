@@ -108,7 +108,8 @@ def long_decode(report: Report) -> str:
         cells = []
         for key, digits in (("ms", 2), ("GB", 1)):
             cells += [number(points.get(str(length), {}).get(key), digits) for length in SHOWN_LENGTHS]
-        total = dict(seconds.get(name, [])).get(tokens)
+        is_decoded = "request" in figures  # all of them, one after the other; else a sum over lengths
+        total = figures["request"]["s"] if is_decoded else dict(seconds.get(name, [])).get(tokens)
         rows.append((name, *cells, number(total, 1)))
     head = [f"{key} at {thousands(length)}" for key in ("ms", "GB") for length in SHOWN_LENGTHS]
     systems = table(("system", *head, f"s for {tokens:,} tokens"), rows)

@@ -15,6 +15,6 @@ def on_row(image_idx: int, image: Image.Image, fraction: float) -> None:
 
 prompt, source = sys.argv[1], (sys.argv[2:] or ["nano"])[0]
 model = OmniMamba.from_pretrained(source)
-images = model.generate_image(prompt, num_images=2, seed=0, callback=on_row)
+images = model.generate_image(prompt, num_images=2, seed=3, callback=on_row)
 for image_idx, image in enumerate(images):
     image.save(f"painting-{image_idx}.png")

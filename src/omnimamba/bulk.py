@@ -54,8 +54,8 @@ def runner(on_ray: bool, num_workers: int, gpus_per_worker: float) -> Callable[.
     return functools.partial(run_on_ray, num_workers=num_workers, gpus_per_worker=gpus_per_worker) if on_ray else run_here
 
 
-def read_jobs(path: Path, key: str) -> list[dict[str, Any]]:
-    """JSON lines that have a text at `key`. ValueError names the line that does not fit."""
+def read_jobs(path: Path, key: str, **optional: type) -> list[dict[str, Any]]:
+    """JSON lines that have a text at `key`, and where they have one of `optional`, a value of its type. ValueError names the line."""
     jobs = []
     for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -66,6 +66,9 @@ def read_jobs(path: Path, key: str) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {i}: not JSON ({error})") from None
         if not isinstance(job, dict) or not isinstance(job.get(key), str) or not job[key].strip():
             raise ValueError(f'{path} line {i}: expected an object with a text "{key}"')
+        for name, kind in optional.items():
+            if name in job and (type(job[name]) is not kind or job[name] == ""):
+                raise ValueError(f"{path} line {i}: {name}={job[name]!r} is no {name}; correct it, or leave it out")
         jobs.append(job)
     if not jobs:
         raise ValueError(f"{path}: no line in it")
@@ -90,7 +93,8 @@ class DescribeWorker:
     def __init__(
         self, jobs: list[dict[str, Any]], source: ModelSource, images: Path, question: str | None, batch: int, settings: dict[str, Any]
     ) -> None:
-        self.jobs, self.images, self.question, self.batch, self.settings = jobs, images, question, batch, settings
+        self.jobs, self.images, self.batch, self.settings = jobs, images, batch, settings
+        self.question = DEFAULT_QUESTION if question is None else question
         self.model = source.load()
 
     def __call__(self, items: range, file: Path) -> None:
@@ -98,12 +102,14 @@ class DescribeWorker:
         for idx in chunks(items, self.batch):
             some, images, questions = [dict(self.jobs[i]) for i in idx], [], []
             for row in some:
+                for key in ("answer", "error"):  # the jobs may be the result of an earlier run
+                    row.pop(key, None)
                 try:
                     images.append(load_image(self.images / row["image"]))
                 except (OSError, ValueError) as error:
                     row["error"] = str(error)
                 else:
-                    questions.append(row.get("question") or self.question or DEFAULT_QUESTION)
+                    questions.append(row.get("question", self.question))
             answers = iter(self.model.describe(images, questions, **self.settings) if images else ())
             for row in some:
                 if "error" not in row:
@@ -128,7 +134,7 @@ def describe(
     on_progress: OnProgress | None = None,
 ) -> tuple[int, int]:
     """Greedy answers about the image of each line, in `out`; returns the number of lines and of those whose image is broken."""
-    jobs = read_jobs(jobs_file, "image")
+    jobs = read_jobs(jobs_file, "image", question=str)
     settings = {"max_new_tokens": max_new_tokens, "past_last_position": past_last_position}
     work = Work(
         out, len(jobs), shard_size, {"jobs": digest(jobs), "images": str(images), "question": question, **settings, **source.plan()}
@@ -197,7 +203,7 @@ def generate(
     on_progress: OnProgress | None = None,
 ) -> int:
     """Images of the prompt of each line, in the folder `images`, and the lines with their files in `out`; returns their number."""
-    jobs = read_jobs(jobs_file, "prompt")
+    jobs = read_jobs(jobs_file, "prompt", seed=int)
     settings = {"num_images": num_images, "seed": seed, "sampling": sampling}
     work = Work(out, len(jobs), shard_size, {"jobs": digest(jobs), "images": str(images), **settings, **source.plan()})
     work.start()

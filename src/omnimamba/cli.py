@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from omnimamba.eval.paint import PaintSettings
     from omnimamba.eval.report import Report
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 """Exit codes; the last two are those of a program that died of SIGINT and SIGPIPE."""
 BAR_AFTER_SECONDS = 2.0
 SPEED_SECONDS = 600.0
@@ -584,9 +584,7 @@ def emoji(
             judge=judge,
             progress=show,
         )
-    if json_file:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    print_table(report.table())
+    print_report(report, json_file)
 
 
 @benchmarks.command()
@@ -950,7 +948,9 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line (default: sys.argv) and returns its exit code: 0, 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs a command line (default: sys.argv) and returns its exit code: 0, 2 after bad input, 1 if memory is short, 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
     is_debug = os.environ.get("OMNIMAMBA_DEBUG", "0") not in ("", "0")
     # OpenMP threads that spin for long make a decode step 10 times slower where other programs use the cores too; threads that
     # never spin make it twice as slow where none do
@@ -979,6 +979,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print_error(explanation(error))
         return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if is_debug or type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter torch's, not imported for this
+            raise
+        print_error(f"out of memory ({str(error).split('. GPU')[0] or 'on the host'}); --dtype bfloat16 or --quantize int8 take less")
+        return FAILED
 
 
 def explanation(error: Exception) -> str:

@@ -72,11 +72,18 @@ def quantization(name: str) -> Quantization:
     return Quantization(name)
 
 
+MOST_NAMES = 60
+"""Listed in an error message; all keys of a recipe's section, not all images of a folder."""
+
+
 def nearest_name(name: str, valid: Iterable[str]) -> str:
     """A hint for an error message: `did you mean 'x'?` if a valid name is near, else the list of valid names."""
     names = sorted(map(str, valid))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"valid: {', '.join(names[:MOST_NAMES])}{more}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import pytest
+import torch
 from PIL import Image
 
 
@@ -185,3 +186,21 @@ def test_a_traceback_on_request(cli, folder, monkeypatch):
     monkeypatch.setenv("OMNIMAMBA_DEBUG", "1")
     with pytest.raises(FileNotFoundError, match="missing.png"):
         cli("describe", "missing.png", "--model", folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"), "2.00 GiB"),
+        (MemoryError(), "on the host"),
+    ],
+)
+def test_out_of_memory(cli, folder, monkeypatch, error, said):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr("omnimamba.engine.omnimamba.OmniMamba.from_pretrained", load)
+    result = cli("generate", "a zoo", "--model", folder)
+    assert (result.code, result.out) == (1, "")
+    assert "out of memory" in result.err and said in result.err and "--quantize int8" in result.err
+    assert "total capacity" not in result.err

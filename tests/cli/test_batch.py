@@ -45,6 +45,17 @@ def test_images_that_cannot_be_read(cli, folder, pictures):
     assert ["answer" in row for row in lines(out)] == ["error" not in row for row in lines(out)] == [False, True, False]
 
 
+def test_the_result_of_an_earlier_run_as_jobs(cli, folder, omni, pictures):
+    """Whoever repairs an image asks again with the file of answers; each answer goes to its own line."""
+    rows = [{"image": "0.png", "error": "cut off"}, {"image": "1.png", "answer": "old"}, {"image": "none.png", "answer": "old"}]
+    jobs, out = write(pictures / "jobs.jsonl", *rows), pictures / "out.jsonl"
+    options = ("--max-broken", "1", "--max-new-tokens", "6", "--model", folder)
+    assert cli("batch", "describe", jobs, "-o", out, *options).out == f"{out}\n3 lines, 1 of them with an error instead of an answer\n"
+    *good, broken = lines(out)
+    assert good == [{"image": name, "answer": omni.describe(pictures / name, max_new_tokens=6)} for name in ("0.png", "1.png")]
+    assert broken.keys() == {"image", "error"}
+
+
 def test_generate(cli, folder, omni, tmp_path):
     rows = [{"prompt": "a cat"}, {"prompt": "a dog", "seed": 5, "id": "x"}, {"prompt": "a zoo"}]
     jobs, out = write(tmp_path / "jobs.jsonl", *rows), tmp_path / "out.jsonl"
@@ -86,9 +97,18 @@ def test_going_on(cli, folder, tmp_path, monkeypatch):
         ('{"prompt": "a"}\nprompt', "jobs.jsonl line 2: not JSON"),
         ('{"prompt": ""}', 'jobs.jsonl line 1: expected an object with a text "prompt"'),
         ('{"promt": "a"}', 'jobs.jsonl line 1: expected an object with a text "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": "b", "seed": "7"}', "jobs.jsonl line 2: seed='7' is no seed"),
+        ('{"prompt": "a", "seed": null}', "jobs.jsonl line 1: seed=None is no seed"),
     ],
 )
 def test_lines_that_do_not_fit(cli, folder, tmp_path, text, message):
     (tmp_path / "jobs.jsonl").write_text(text)
     result = cli("batch", "generate", tmp_path / "jobs.jsonl", "-o", tmp_path / "out.jsonl", "--model", folder)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("question", ["", 5, None])
+def test_questions_that_are_none(cli, folder, tmp_path, question):
+    jobs = write(tmp_path / "jobs.jsonl", {"image": "0.png", "question": question})
+    result = cli("batch", "describe", jobs, "-o", tmp_path / "out.jsonl", "--model", folder)
+    assert result.code == 2 and f"jobs.jsonl line 1: question={question!r} is no question" in result.err

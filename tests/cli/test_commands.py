@@ -324,7 +324,9 @@ def test_emoji(cli, folder, drawings, tmp_path):
     assert result.code == 0 and result.err == ""
     values = json.loads((tmp_path / "new" / "out.json").read_text())
     assert values["protocol"]["split"] == "val" and "vq_psnr" in values["figures"]
-    first, *rows = result.out.splitlines()
+    table, protocol = result.out.split("\n\n")
+    first, *rows = table.splitlines()
+    assert protocol.startswith("benchmark: emoji\n") and "\nnum_drawings: " in protocol
     assert first.split() == ["figure", "value", "95", "%", "interval", "n"] and len(rows) == len(values["figures"])
     assert len({len(row) for row in rows}) == 1  # columns
 

@@ -315,6 +315,14 @@ def test_closing_a_stream_cancels_it(engine_of, mixed):
     assert not engine.has_work and len(engine.scheduler.free) == 16
 
 
+def test_closing_a_stream_that_nobody_read(engine_of, mixed):
+    engine = engine_of()
+    stream = engine.stream(mixed)
+    assert engine.has_work
+    stream.close()
+    assert not engine.has_work
+
+
 def test_streams_interleave(engine_of, mixed):
     engine = engine_of()
     streams = [engine.stream([request]) for request in mixed]

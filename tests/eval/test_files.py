@@ -64,6 +64,14 @@ def test_a_folder_belongs_to_a_run(tmp_path):
         claim_folder(tmp_path / "new", run | {"limit": 3})
 
 
+def test_json_lines_of_damaged_files(tmp_path):
+    whole = gzip.compress(b'{"a": 1}\n' * 100)
+    for content in (whole[:-10], whole[:20], b"no gzip", gzip.compress(b"\xff")):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="a.jsonl.gz: not a whole file of UTF-8 text"):
+            list(json_lines(tmp_path / "a.jsonl.gz"))
+
+
 def test_json_lines(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress('{"a": "é"}\n\n{"b": 2}'.encode()))
     assert [(place[-6:], record) for place, record in json_lines(tmp_path / "a.jsonl.gz")] == [("line 1", {"a": "é"}), ("line 3", {"b": 2})]

@@ -100,6 +100,8 @@ def test_another_alpha(make, tmp_path):
     [
         (lambda config, tensors: config.update(r=4), "rank 4, but the model's task LoRA has rank 8"),
         (lambda config, tensors: config.update(peft_type="IA3"), "not plain LoRA"),
+        (lambda config, tensors: config.update(alpha_pattern={"layers.0": 64}), "not plain LoRA"),
+        (lambda config, tensors: config.pop("lora_alpha"), "adapter_config.json: no number lora_alpha"),
         (lambda config, tensors: tensors.popitem(), "1 tensors are missing or have no place in the model, e.g. base_model"),
         (lambda config, tensors: tensors.update(dict.fromkeys(tensors, torch.zeros(2, 2))), r"has shape \[2, 2\], the model needs"),
     ],

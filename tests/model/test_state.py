@@ -157,6 +157,8 @@ def test_safetensors_file_that_is_no_state(saved):
     tensors, header = load_file(saved), {"fingerprint": "f", "metadata": "{}"}
     others = [({key: value for key, value in tensors.items() if key != name}, header) for name in tensors]
     others += [(tensors, None), (tensors, {"fingerprint": "f"}), ({**tensors, "position": torch.tensor(3)}, header)]
+    others += [({**tensors, "position": tensors["position"].double()}, header), ({**tensors, "ssm": tensors["ssm"].long()}, header)]
+    others += [(tensors, {"fingerprint": "f", "metadata": text}) for text in ("", "5", "[]", "{")]
     for content, metadata in others:
         save_file(content, saved, metadata=metadata)
         check_error(saved, "not a state file")

@@ -77,6 +77,15 @@ def test_any_multiple_of_the_downsampling_works(model, height, width):
 
 
 @torch.no_grad()
+def test_an_image_is_decoded_the_same_whatever_else_is_in_the_batch(model):
+    num_tokens = model.config.grid_size**2
+    ids = torch.randint(0, model.config.codebook_size, (5, num_tokens), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = model.decode_ids(ids)
+        for num in (1, 2, 3):
+            assert torch.equal(model.decode_ids(ids[:num]), images[:num])
+
+
 def test_decode_ids_is_square_by_default_and_takes_any_integer_type(model):
     codes = model.encode(images())
     decoded = model.decode(codes.quantised)

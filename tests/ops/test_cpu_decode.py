@@ -3,6 +3,7 @@
 import numba
 import pytest
 import torch
+from numba.core import caching
 
 from omnimamba.ops.cpu import LANES, decode, vector
 from omnimamba.ops.quant import quantize
@@ -15,6 +16,15 @@ TOLERANCE = dict.fromkeys(FORMATS, 1e-6) | {"int4": 1e-4}
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def doubled(x):
+    return 2 * x
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch, caplog):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert vector.compiled(doubled)(3) == 6 and "doubled is compiled anew in each process" in caplog.text
 
 
 @numba.njit

@@ -146,6 +146,19 @@ def test_no_path_of_a_client_is_opened(served, path):
     assert served.http.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
+def test_long_texts_are_refused(new_omni, serve):
+    """By the page as by the API: tokenising them would keep everybody else waiting."""
+    with serve(new_omni(), ServerConfig(max_text_chars=100), with_page=True) as running:
+        event = call(running.http, "question", ["a" * 101, None, None])
+        assert event["success"] is False and "101 characters in the messages, the limit is 100" in json.dumps(event)
+        event = call(running.http, "prompt", ["a" * 101, 1, 1, "", None])
+        assert event["success"] is False and "101 characters in the prompt, the limit is 100" in json.dumps(event)
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "a" * 60}, {"role": "assistant", "content": "b" * 41}]}
+        for path, body in (("chat/completions", chat), ("images/generations", {"prompt": "a" * 101})):
+            error = running.http.post(f"/v1/{path}", json=body).json()["error"]
+            assert error["code"] == "string_above_max_length" and "101 characters" in error["message"]
+
+
 def test_large_uploads_are_refused(new_omni, serve):
     with serve(new_omni(), ServerConfig(max_body_bytes=10_000), with_page=True) as running:
         response = running.http.post("/gradio_api/upload", files={"files": ("a.png", bytes(20_000))})

@@ -151,6 +151,12 @@ def test_metrics(http, client):
 # ---- keys and limits
 
 
+@pytest.mark.parametrize("key", ["secret\n", " secret", "schl\u00fcssel", "a\tb"])
+def test_keys_that_no_client_could_send(key):
+    with pytest.raises(ValueError, match="the API key has white space around it, or characters"):
+        ServerConfig(api_key=key)
+
+
 def test_api_key(new_omni, serve):
     with serve(new_omni(), ServerConfig(api_key="secret")) as running:
         assert running.client.chat.completions.create(**chat_body(max_tokens=2)).usage.completion_tokens == 2
@@ -381,3 +387,4 @@ def test_an_error_of_our_own_is_a_500_without_its_text(new_omni, serve, monkeypa
         monkeypatch.setattr(running.server.service, "question", broken)
         response = running.http.post("/v1/chat/completions", json=chat_body())
         assert response.status_code == 500 and is_openai_error(response) and "secret" not in response.text
+        assert 'omnimamba_requests_total{path="/v1/chat/completions",status="500"} 1.0' in running.http.get("/metrics").text

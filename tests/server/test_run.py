@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from omnimamba.engine.engine import Engine
+from omnimamba.server.listen import listen
 
 from .conftest import MODEL
 
@@ -107,6 +108,15 @@ def test_a_lost_engine_ends_the_process(start):
     assert response.status_code == 503
     assert process.wait(30) == 1
     assert "device lost" in process.stderr.read()
+
+
+def test_addresses_that_cannot_be_had():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, port in (("127.0.0.1", taken.getsockname()[1]), ("no-such-host.invalid", 8000), ("a" * 64, 8000)):
+            with pytest.raises(ValueError, match=f"cannot listen on {host} port {port}: .*; choose another --host or --port"):
+                listen(host, port)
 
 
 def test_a_port_that_is_taken(start):

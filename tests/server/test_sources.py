@@ -85,6 +85,7 @@ def test_private_addresses_are_refused(url):
         "http://[a/b",
         "//a/b",
         "http://a:x/b",
+        "http://b\u00fccher.example/b",
     ],
 )
 def test_other_urls_are_refused(url):
@@ -111,6 +112,8 @@ class Site(BaseHTTPRequestHandler):
             self.answer(302, b"", Location=self.path.split("?to=")[1])
         elif name == "loop":
             self.answer(302, b"", Location="/loop")
+        elif name == "nowhere":
+            self.answer(302, b"")
         elif name == "slow":
             self.server.hold.wait(5)
         else:
@@ -176,6 +179,8 @@ def test_redirects_are_checked_too(site, target):
     [
         ("large", "more than 5000 bytes"),
         ("loop", "one redirect too many"),
+        ("nowhere", "status 302"),
+        ("\x7f", "cannot be fetched: Invalid non-printable ASCII character"),
         ("slow", "did not come in within 1 s"),
         ("nothing", "status 404"),
     ],

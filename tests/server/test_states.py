@@ -85,6 +85,15 @@ def test_positions_that_cannot_be(client, http, omni, tmp_path, position):
         ask(client, "Why?", state_id=state_id)
 
 
+def test_ids_that_cannot_be(http, omni, tmp_path):
+    conversation = omni.chat()
+    conversation.ask("Hi", max_new_tokens=4)
+    conversation.unread_ids = [float("inf")]
+    conversation.save(tmp_path / "state.safetensors")
+    response = http.post("/v1/states", content=(tmp_path / "state.safetensors").read_bytes())
+    assert response.status_code == 400 and "unread_ids are not those of a conversation" in response.text
+
+
 def test_the_oldest_states_are_forgotten(new_omni, serve):
     omni = new_omni()
     with serve(omni, ServerConfig(state_bytes=2 * omni.engine.runner.state.bytes_per_slot)) as running:

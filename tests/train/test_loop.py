@@ -109,6 +109,12 @@ def test_progress_bar(tmp_path, capsys):
     assert "6/6" in capsys.readouterr().out
 
 
+def test_without_a_bar_reports_are_lines(tmp_path, caplog):
+    with caplog.at_level("INFO", "omnimamba.train"):
+        loop.run(Toy(), toy_recipe(tmp_path, log_every=4), CPU)
+    assert [line.split(":")[0] for line in caplog.messages if line.startswith("step ")] == ["step 4 of 6", "step 6 of 6"]
+
+
 def test_averages_are_what_is_validated_and_exported(tmp_path, log_lines):
     class Exporting(Toy):
         def export(self, folder):

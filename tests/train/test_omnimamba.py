@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import shutil
 import tarfile
 
@@ -305,6 +306,8 @@ def test_broken_images_are_skipped_up_to_a_limit(recipe, change, tmp_path, caplo
         said = [objective.mmu.tok.decode(row) for batch in batches for row in answers(batch)]
         assert set(said) == {f"answer {i}" for i in range(4)}
         assert [f"answer {int(pixels[0, 0, 0]) // 40}" for batch in batches for pixels in batch.pixels] == said
+        objective.sample(tmp_path)
+        assert re.findall(r"\d\.png(?=\t)", (tmp_path / "described.txt").read_text()) == [f"{i}.png" for i in range(4)]
     assert (
         "1 of 6 images are missing, e.g. 5.png; they are left out" in caplog.text
         and "image '4.png' is left out, 2 of at most 2" in caplog.text

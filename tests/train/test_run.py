@@ -10,7 +10,7 @@ from omnimamba.config import preset
 from omnimamba.engine.omnimamba import OmniMamba
 from omnimamba.eval.judge import Judge
 from omnimamba.processor.tokenizer import TextTokenizer
-from omnimamba.train.run import train
+from omnimamba.train.run import nearest_file, train
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "nano"
 
@@ -94,3 +94,17 @@ def test_what_is_missing_is_said_before_a_model_is_built(plain_stage2, encoders,
     with pytest.raises(ValueError, match=message) as error:
         train(plain_stage2, [override.replace("{encoders}", str(encoders))], device="cpu")
     assert "\n" not in str(error.value)
+
+
+def test_a_validation_on_the_training_file_is_refused(plain_stage2):
+    """In a folder of images nothing else would tell the splits apart."""
+    with pytest.raises(ValueError, match=r"data.captions=t2i-train.jsonl is the validation's, too; .* as in t2i-train-{split}.jsonl"):
+        train(plain_stage2, ["data.images=folder", "data.captions=t2i-train.jsonl"], device="cpu")
+
+
+def test_what_lies_where_a_file_is_missing(tmp_path):
+    assert nearest_file(tmp_path / "x") == f"the folder {tmp_path} is empty"
+    for i in range(70):
+        (tmp_path / f"{i:02}.png").touch()
+    hint = nearest_file(tmp_path / "captions")
+    assert hint.startswith("valid: 00.png, 01.png, ") and hint.endswith("59.png and 10 more")

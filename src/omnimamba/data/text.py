@@ -36,7 +36,7 @@ class Conversation:
 def read_captions(path: str | Path) -> list[Captions]:
     """ValueError names the file and record that does not fit."""
     path = Path(path)
-    text = _read(path)
+    text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".json") and not _is_list(text):
         return _read_coco(path, _parse(str(path), text))
     return [caption_record(place, record) for place, record in _records(path, text)]
@@ -70,7 +70,7 @@ def _read_coco(path: Path, coco: Any) -> list[Captions]:
 def read_conversations(path: str | Path) -> list[Conversation]:
     """ValueError names the file and record that does not fit."""
     path = Path(path)
-    return [conversation_record(place, record) for place, record in _records(path, _read(path))]
+    return [conversation_record(place, record) for place, record in _records(path, read_text(path))]
 
 
 def conversation_record(place: str, record: Any) -> Conversation:
@@ -87,7 +87,8 @@ def conversation_record(place: str, record: Any) -> Conversation:
     return Conversation(image, turns, record.get("type", ""))
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file or of its `.gz`. ValueError if it is not there, or not a whole one."""
     packed = path.with_name(path.name + ".gz")
     if not path.is_file() and not packed.is_file():
         raise ValueError(f"{path}: no such file")

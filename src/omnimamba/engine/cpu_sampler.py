@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnimamba.engine.sampler import MIX_GAMMA, MIX_ROUNDS, SamplingRows
-from omnimamba.ops.cpu.vector import bits_of
+from omnimamba.ops.cpu.vector import bits_of, compiled
 
 GAMMA = np.uint64(MIX_GAMMA)
 SHIFT_0, SHIFT_1, SHIFT_2 = (np.uint64(shift) for shift, _ in MIX_ROUNDS)
@@ -85,7 +85,7 @@ def share_before(scores, token):
     return before / every
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@compiled
 def draw(logits, temperature, top_k, top_p, keys, steps, is_greedy, tokens):
     """See `sample`. keys, steps: uint64."""
     for row in range(len(logits)):

@@ -95,9 +95,10 @@ class Engine:
         self.scheduler = Scheduler(num_slots, max_waiting=max_waiting)
         self.prefix_cache = StateCache(prefix_cache_bytes)
         self.stop_ids = frozenset(stop_ids)
-        self.runner = Runner(model, num_slots, ssm_dtype=ssm_dtype, stop_ids=tuple(self.stop_ids), suppressed_ids=suppressed_ids)
         self.config = model.config
         self.device = model.device
+        with self._current_device():
+            self.runner = Runner(model, num_slots, ssm_dtype=ssm_dtype, stop_ids=tuple(self.stop_ids), suppressed_ids=suppressed_ids)
         self.suppressed_ids = torch.tensor(suppressed_ids, dtype=torch.int64, device=self.device)
         self.max_prefill_tokens = max_prefill_tokens
         self._jobs: dict[int, _Job] = {}
@@ -124,10 +125,11 @@ class Engine:
     def step(self) -> list[Event]:
         """The events of one step; none if there is nothing to do. RuntimeError if the device itself is lost."""
         events: list[tuple[_Job, Event]] = []
-        self._close_gaps()
-        self._decode(events)
-        self._admit(events)
-        self._prefill(events)
+        with self._current_device():
+            self._close_gaps()
+            self._decode(events)
+            self._admit(events)
+            self._prefill(events)
         return self._send(events)
 
     def cancel(self, request_id: int) -> list[Event]:
@@ -157,7 +159,9 @@ class Engine:
         except (ValueError, QueueFull):
             self._cancel_all(request_ids)
             raise
-        return self._events_of(request_ids, events, sum(request.num_samples for request in requests))
+        stream = self._events_of(request_ids, events, sum(request.num_samples for request in requests))
+        next(stream)  # closing a generator that has not begun would cancel nothing
+        return stream
 
     def run(self, requests: Sequence[Request]) -> list[list[Sample]]:
         """Per request its finished samples."""
@@ -364,6 +368,10 @@ class Engine:
 
     # ---- bookkeeping
 
+    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, the model's GPU is the thread's current one, where Triton launches and graphs are captured, wherever the tensors lie."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     def _keep_prefix(self, job: _Job, ids: tuple[int, ...], slot: int) -> None:
         """Puts a snapshot of `slot`, which has read the job's image and `ids`, into the cache."""
         assert job.request.prefix_key is not None
@@ -412,8 +420,10 @@ class Engine:
                 job.on_event(event)
         return [event for _, event in sent]
 
-    def _events_of(self, request_ids: list[int], events: deque[Event], num_samples: int) -> Generator[tuple[int, Event], None, None]:
+    def _events_of(self, request_ids: list[int], events: deque[Event], num_samples: int) -> Generator[Any, None, None]:
+        """(index of the request, event) of the requests as they come, after a first None."""
         try:
+            yield None
             while num_samples:
                 while not events:
                     self.step()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -193,6 +194,12 @@ class OmniMamba:
             raise ValueError("this model was saved without its VQ tokenizer, so it paints no image; add it with `omnimamba convert`")
         return self.bundle.vq
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The bundle's, computed once: on a CPU that reads all weights of the released model for seconds, and the engine takes for
+        granted, too, that they do not change."""
+        return self.bundle.fingerprint
+
     @property
     def engine(self) -> Engine:
         """Made on first use."""
@@ -312,7 +319,8 @@ class OmniMamba:
         """
         is_batch = isinstance(image, list | tuple)
         images = cast(Sequence[ImageSource], image if is_batch else [image])
-        questions = [question or DEFAULT_QUESTION] * len(images) if question is None or isinstance(question, str) else list(question)
+        question = DEFAULT_QUESTION if question is None else question
+        questions = [question] * len(images) if isinstance(question, str) else list(question)
         if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; pass one question, or one for each image")
         if stream and is_batch:
@@ -360,13 +368,13 @@ class OmniMamba:
 
     def load_conversation(self, path: str | Path) -> Conversation:
         """A conversation that `Conversation.save` wrote. ValueError if the file is no such thing or another model's."""
-        state, metadata = MambaState.load(path, self.config.backbone, fingerprint=self.bundle.fingerprint, device=self.device)
+        state, metadata = MambaState.load(path, self.config.backbone, fingerprint=self.fingerprint, device=self.device)
         if not {"messages", "unread_ids"} <= metadata.keys():
             raise ValueError(f"{path}: holds a state but no conversation; pass a file written by Conversation.save")
         try:
             messages = [(str(role), str(text)) for role, text in json.loads(metadata["messages"])]
             unread_ids = [int(token_id) for token_id in json.loads(metadata["unread_ids"])]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:  # the last for an id of Infinity
             raise ValueError(f"{path}: its messages or unread_ids are not those of a conversation ({error})") from None
         conversation = Conversation(self, None)
         conversation.state, conversation.messages, conversation.unread_ids = state, messages, unread_ids
@@ -447,7 +455,7 @@ class Conversation:
         if self.state is None:
             raise ValueError("the conversation is empty; ask a question before saving it")
         metadata = {"messages": json.dumps(self.messages), "unread_ids": json.dumps(self.unread_ids)}
-        self.state.save(path, fingerprint=self.model.bundle.fingerprint, metadata=metadata)
+        self.state.save(path, fingerprint=self.model.fingerprint, metadata=metadata)
 
 
 def text_pieces(events: Generator[tuple[int, Event], None, None], sample: Sample, tok: TextTokenizer) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from omnimamba.data.text import read_text
 from omnimamba.model.files import one_line, read_json, whole_file
 
 NAMED = 3
@@ -48,8 +48,7 @@ def read_json_file(path: Path) -> Any:
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of each line of a .jsonl or .jsonl.gz file. ValueError names the line that is no JSON object."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for i, line in enumerate(content.decode("utf-8").split("\n"), 1):
+    for i, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -56,8 +56,11 @@ def load_adapter(model: OmniMambaModel, folder: str | Path, task: Task | None = 
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, so it is no adapter in PEFT's format")
     config, tensors = read_json(folder / CONFIG_FILE), TensorFile(folder / WEIGHTS_FILE)
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{folder}: not plain LoRA without biases; no other adapter has a place in this model")
+    others = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or others:
+        raise ValueError(f"{folder}: not plain LoRA without biases, alike in all layers; no other adapter has a place in this model")
+    if lost := [name for name in ("r", "lora_alpha") if not isinstance(config.get(name), int | float)]:
+        raise ValueError(f"{folder / CONFIG_FILE}: no number {' and '.join(lost)}; save the adapter again")
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         said = (file.metadata() or {}).get("task", "")
     if said and said not in list(Task):

@@ -46,10 +46,12 @@ def _config(base: OmniMambaConfig, model: Tensors, vq: Tensors | None) -> OmniMa
     )
     vision_dim = model["projector.0.weight"].shape[1]
     if vision_dim != base.vision_dim:
-        raise ValueError(f"the projector reads {vision_dim} features, the published towers give {base.vision_dim}; pass the model's config")
+        sizes = f"the projector reads {vision_dim} features, the published towers give {base.vision_dim}"
+        raise ValueError(f"{sizes}; pass the model's config, as `omnimamba convert --config` does")
     num_image_tokens = model["positions.t2i"].shape[0] - base.t2i_prompt_length - 1
     if math.isqrt(max(num_image_tokens, 0)) ** 2 != num_image_tokens or not num_image_tokens:
-        raise ValueError(f"{num_image_tokens} image positions do not make a square image; pass the model's config")
+        sizes = f"{num_image_tokens} image positions do not make a square image"
+        raise ValueError(f"{sizes}; pass the model's config, as `omnimamba convert --config` does")
     vq_config = _vq_config(base.vq, vq) if vq else base.vq
     return dataclasses.replace(
         base,

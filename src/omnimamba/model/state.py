@@ -89,7 +89,7 @@ class MambaState:
         return MambaState(self.conv.clone(), self.ssm.clone(), self.position.clone())
 
     def save(self, path: str | Path, *, fingerprint: str, metadata: dict[str, str] | None = None) -> None:
-        """Writes a snapshot; `fingerprint` names the model that can continue it (see `weights.fingerprint`)."""
+        """Writes a snapshot; `fingerprint` names the model that can continue it (see `weights.Bundle.fingerprint`)."""
         tensors = {"conv": self.conv, "ssm": self.ssm, "position": self.position}
         save_tensors(tensors, Path(path), {"fingerprint": fingerprint, "metadata": json.dumps(metadata or {})})
 
@@ -106,12 +106,18 @@ class MambaState:
                 tensors = {name: file.get_tensor(name) for name in ("conv", "ssm", "position")}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a state file ({error})") from None
-        if not {"fingerprint", "metadata"} <= header.keys() or tensors["position"].dim() != 1:
-            raise ValueError(f"{path}: not a state file (its header or positions are not those of a state)")
+        state = cls(**tensors)
+        has_floats = state.conv.is_floating_point() and state.ssm.is_floating_point()
+        is_state = has_floats and state.position.dim() == 1 and state.position.dtype is torch.int64
+        try:
+            metadata = json.loads(header.get("metadata", ""))
+        except ValueError:
+            metadata = None
+        if not is_state or not isinstance(metadata, dict) or "fingerprint" not in header:
+            raise ValueError(f"{path}: not a state file (its header or tensors are not those of a state)")
         if header["fingerprint"] != fingerprint:
             raise ValueError(f"{path}: saved by another model (fingerprint {header['fingerprint']}, this model has {fingerprint})")
-        state = cls(**tensors)
         expected = cls.zeros(config, state.num_slots, device="meta")
         if state.conv.shape != expected.conv.shape or state.ssm.shape != expected.ssm.shape:
             raise ValueError(f"{path}: state of shape {tuple(state.ssm.shape)}, this model needs {tuple(expected.ssm.shape)}")
-        return state, json.loads(header["metadata"])
+        return state, metadata

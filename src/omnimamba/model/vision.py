@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from omnimamba.config import TowerConfig
+from omnimamba.model.batch import doubled_if_alone
 
 
 class VisionTowers(nn.Module):
@@ -42,9 +43,7 @@ class VisionTowers(nn.Module):
         self._check(pixels)
         tokens = []
         for name, tower in self.towers.items():
-            batch = pixels[name]
-            if len(batch) == 1 and batch.device.type == "cpu" and not takes_image_size(tower):
-                batch = batch.expand(2, -1, -1, -1)  # convolutions of a single image would take other kernels, which round otherwise
+            batch = pixels[name] if takes_image_size(tower) else doubled_if_alone(pixels[name])
             (features,) = intermediates(tower, batch, [self.configs[name].layer])
             tokens.append(features[: len(pixels[name])].flatten(2).mT)  # [b, c, h, w] to [b, h*w, c]
         return torch.cat(tokens, dim=-1)

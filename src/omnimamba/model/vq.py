@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omnimamba.config import VQConfig
+from omnimamba.model.batch import doubled_if_alone
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -259,7 +260,7 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(quantised.to(self.post_quant_conv.weight.dtype)))
 
     def decode_ids(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Images [b, 3, H, W] of code indices [b, t] in row-major order.
+        """Images [b, 3, H, W] of code indices [b, t] in row-major order; on a CPU, the same whatever else is in the batch.
 
         grid: (h, w) with h * w = t; the square of `config.grid_size` unless given.
         """
@@ -273,7 +274,7 @@ class VQModel(nn.Module):
             if low < 0 or high >= self.config.codebook_size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"image id {wrong} is not in the codebook; pass ids from 0 to {self.config.codebook_size - 1}")
-        return self.decode(self.lookup(ids.long().view(-1, h, w)))
+        return self.decode(self.lookup(doubled_if_alone(ids.long().view(-1, h, w))))[: len(ids)]
 
     def forward(self, images: Tensor) -> VQTrainOutput:
         """Reconstruction and quantiser losses for training; the gradient passes the search as if it were the identity."""

@@ -49,10 +49,6 @@ class Chat:
             )
         num_samples = body.n or 1
         turns, urls = turns_of(body.messages)
-        num_chars = sum(len(text) for _, text in turns)
-        if num_chars > service.config.max_text_chars:
-            message = f"the messages have {num_chars} characters, the limit is {service.config.max_text_chars}"
-            raise ApiError(400, message, param="messages", code="string_above_max_length")
         if body.state_id is not None:
             return cls._going_on(service, body, turns, urls, sampling, num_samples)
         picture = await service.picture(await read_image(urls[0], service.config)) if urls else None

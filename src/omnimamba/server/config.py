@@ -43,8 +43,11 @@ class ServerConfig:
     """Room for the states of conversations that clients asked to keep (`POST /v1/states`); 0 switches states off."""
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and not self.api_key.strip():
+        key = self.api_key
+        if key is not None and not key.strip():
             raise ValueError("the API key is empty; give one, or none to let everybody in")
+        if key is not None and (key != key.strip() or not key.isascii() or not key.isprintable()):
+            raise ValueError("the API key has white space around it, or characters that no header can carry; pass printable ASCII")
         for name in ("max_waiting", "max_samples", "max_body_bytes", "max_image_pixels", "max_text_chars"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} lets nothing through; pass at least 1")

@@ -43,9 +43,12 @@ class Guard:
         if scope["method"] == "HEAD":  # the HTTP server leaves out the body of its answer
             scope = {**scope, "method": "GET"}
         limit = self.max_body_bytes.get(path, self.config.max_body_bytes)
+        has_begun = False
 
         async def counted(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 self.service.metrics.requests.labels(named, message["status"]).inc()
             await send(message)
 
@@ -64,6 +67,10 @@ class Guard:
         except ApiError as error:
             await body.discard(limit)
             await error.response(scope, receive, counted)
+        except Exception:
+            if not has_begun:  # Starlette answers it outside of this middleware
+                self.service.metrics.requests.labels(named, 500).inc()
+            raise
 
     async def _pass(self, content: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         is_gone = asyncio.Event()

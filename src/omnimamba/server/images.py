@@ -23,7 +23,6 @@ class Paintings:
 
     def __init__(self, service: Service, body: ImageRequest) -> None:
         """ApiError for what the model or this server cannot do."""
-        config = service.config
         with bad_request():
             size = service.omni.vq.config.image_size
         self._size = f"{size}x{size}"
@@ -33,9 +32,6 @@ class Paintings:
         self._num_partial = body.partial_images or 0
         if body.size not in (None, "auto", self._size):
             raise ApiError(400, f"this model paints {self._size}, not {body.size!r}", param="size")
-        if len(body.prompt) > config.max_text_chars:
-            message = f"the prompt has {len(body.prompt)} characters, the limit is {config.max_text_chars}"
-            raise ApiError(400, message, param="prompt", code="string_above_max_length")
         if self._num_partial and not body.stream:
             raise ApiError(400, "partial_images come with stream=true only", param="partial_images")
         if self._num_partial >= self._grid_size:

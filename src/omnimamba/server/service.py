@@ -114,6 +114,8 @@ class Service:
             requests.append(omni.paint_request("apple", painting, 1))
             omni.paint([[0] * num_tokens])
         self.engine.run(requests)
+        if self.config.state_bytes:
+            _ = omni.fingerprint  # which their files bear
 
     async def stop(self) -> None:
         await self.thread.stop()
@@ -173,6 +175,7 @@ class Service:
         self, messages: Sequence[tuple[str, str]], picture: Picture | None, sampling: SamplingParams, num_samples: int, *, keep_state: bool
     ) -> Request:
         """The request for an answer to ("user" | "assistant", text) messages, the image in front of them."""
+        self._check_length("messages", *(text for _, text in messages))
         with bad_request("messages"):
             ids = self.omni.first_turns(messages)
         features = None if picture is None else UnreadImage(picture.pixels, self._encode)
@@ -186,6 +189,7 @@ class Service:
 
     def next_question(self, past: Conversation, text: str, sampling: SamplingParams, num_samples: int, *, keep_state: bool) -> Request:
         """The request for an answer to the next question of a conversation that was kept."""
+        self._check_length("messages", text)
         with bad_request("messages"):
             ids = (*past.unread_ids, *next_turn_ids(self.omni.tokenizer, text))
         request = Request(Task.MMU, ids, sampling=sampling, num_samples=num_samples, state=past.state, keep_state=keep_state)
@@ -194,6 +198,12 @@ class Service:
     def num_prompt_tokens(self, request: Request) -> int:
         """Positions that a question takes, its image's included; those that its state has read are not counted."""
         return len(request.ids) + (self.omni.config.num_vision_tokens if request.state is None else 0)
+
+    def _check_length(self, param: str, *texts: str) -> None:
+        """ApiError for more text than may be tokenised: that is done in the event loop, where all others wait meanwhile."""
+        num, limit = sum(map(len, texts)), self.config.max_text_chars
+        if num > limit:
+            raise ApiError(400, f"{num} characters in the {param}, the limit is {limit}", param=param, code="string_above_max_length")
 
     def _with_room(self, request: Request) -> Request:
         """The request. ApiError if the position table is too short for it, in the words of the API."""
@@ -241,6 +251,7 @@ class Service:
 
     def caption(self, text: str, sampling: SamplingParams, num_images: int) -> Request:
         """The request for images of a caption."""
+        self._check_length("prompt", text)
         with bad_request("prompt"):
             return self.omni.paint_request(text, sampling, num_images)
 

@@ -40,7 +40,7 @@ async def read_image(url: str, config: ServerConfig) -> bytes:
             return await _fetch(url, config.max_body_bytes)
     except TimeoutError:
         raise _refused(f"the image at {url} did not come in within {config.fetch_seconds:g} s") from None
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _refused(f"the image at {url} cannot be fetched: {str(error) or type(error).__name__}") from error
 
 
@@ -77,7 +77,7 @@ async def _fetch(url: str, max_bytes: int) -> bytes:
             # identity: a compressed body could grow past the limit in one piece
             headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
             async with client.stream("GET", target, headers=headers, extensions={"sni_hostname": parts.hostname}) as response:
-                if response.is_redirect:
+                if response.has_redirect_location:
                     url = urljoin(url, response.headers["Location"])
                     continue
                 if response.status_code != 200:
@@ -98,11 +98,11 @@ async def _read_body(response: httpx.Response, url: str, max_bytes: int) -> byte
 def _parse(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        is_plain = parts.scheme in _PORTS and parts.hostname and parts.port in (None, *_PORTS.values())
+        is_plain = parts.scheme in _PORTS and parts.hostname and parts.netloc.isascii() and parts.port in (None, *_PORTS.values())
     except ValueError:
         is_plain = False
     if not is_plain or parts.username is not None:
-        raise _refused(f"image_url {url[:200]!r} is no plain http or https address on port 80 or 443")
+        raise _refused(f"image_url {url[:200]!r} is no plain http or https address on port 80 or 443, its host in ASCII")
     return parts
 
 

@@ -219,7 +219,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 @contextlib.contextmanager
 def progress_bar(recipe: Recipe, first: int, *, is_shown: bool) -> Iterator[Callable[..., None]]:
-    """Gives a function that is told how many steps are done, and figures to show."""
+    """Gives a function that is told how many steps are done, and figures to show; without a bar they are lines of the program's log."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -232,8 +232,10 @@ def progress_bar(recipe: Recipe, first: int, *, is_shown: bool) -> Iterator[Call
 
         def show(done: int, figures: str = "") -> None:
             progress.update(bar, completed=done)
-            if figures:
+            if figures and is_shown:
                 progress.update(bar, figures=figures)
+            elif figures:
+                logger.info("step %d of %d: %s", done, recipe.train.steps, figures)
 
         yield show
 

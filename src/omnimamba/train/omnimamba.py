@@ -290,8 +290,9 @@ class OmniMambaObjective(Objective):
                 image_grid(painted, columns=settings.num_images).save(folder / "painted.png")
             if isinstance(data := self.val_mmu or self.mmu, UnderstandingData):
                 names = data.images.names[:NUM_DESCRIBED]
-                answers = model.describe([to_pil(unit_range(data.images.get([i])) * 2 - 1)[0] for i in range(len(names))])
-                lines = [f"{name}\t{answer}" for name, answer in zip(names, answers, strict=True)]
+                found = zip(names, data.images.find(range(len(names))), strict=True)
+                shown = {name: to_pil(unit_range(image[None]) * 2 - 1)[0] for name, image in found if image is not None}
+                lines = [f"{name}\t{answer}" for name, answer in zip(shown, model.describe(list(shown.values())), strict=True)]
                 (folder / "described.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def export(self, folder: Path) -> None:

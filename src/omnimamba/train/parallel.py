@@ -78,7 +78,8 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     """The processes that torchrun has started with this one, and this one's device; outside torchrun this one alone on `device`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE, device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton launches on the current one
+            yield ALONE, device
         return
     backend = "gloo"
     if device.type == "cuda":

@@ -65,9 +65,12 @@ def check_files(recipe: Recipe) -> None:
     keys = [key for task in STAGES[recipe.train.stage].tasks for key in TASK_FILES[task]] if recipe.kind == "omnimamba" else []
     for split in filter(None, (data.train_split, data.val_split)):
         for key in keys:
-            file = folder / getattr(data, key).replace("{split}", split)
-            if getattr(data, key) and not file.is_file() and not file.with_name(file.name + ".gz").is_file():
+            name = getattr(data, key)
+            file = folder / name.replace("{split}", split)
+            if name and not file.is_file() and not file.with_name(file.name + ".gz").is_file():
                 raise ValueError(f"data.{key}: {file}: no such file; {nearest_file(file)}")
+            if name and data.images == "folder" and split != data.train_split and "{split}" not in name:
+                raise ValueError(f"data.{key}={name} is the validation's, too; name files as in {file.stem}-{{split}}{file.suffix}")
         if data.images == "parquet":
             parquet_files(folder, split)
 
@@ -76,7 +79,8 @@ def nearest_file(path: Path) -> str:
     """A hint at what lies where the path should."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    return nearest_name(path.name, [other.name for other in path.parent.iterdir() if not other.name.startswith(".")])
+    names = [other.name for other in path.parent.iterdir() if not other.name.startswith(".")]
+    return nearest_name(path.name, names) if names else f"the folder {path.parent} is empty"
 
 
 def check_share(recipe: Recipe, num_processes: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from omnimamba.ops.cpu import LANES
 from omnimamba.ops.cpu.vector import (
+    compiled,
     exp,
     fma,
     full,
@@ -525,7 +526,7 @@ def scratch_size(shape, num):
     return max(num * (2 * stride_of(shape) + shape.rank), 2 * shape.ngroups * shape.d_state + shape.headdim)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@compiled
 def run(layers, heads, shape, rows, thread):
     """A thread's part of a step. layers: [n_layer, fields of Layer] int64."""
     goal = 0

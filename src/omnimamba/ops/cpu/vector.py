@@ -11,6 +11,7 @@ Numba keeps compiled kernels on disk until the file of the kernel changes: after
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
 from collections.abc import Callable
@@ -23,12 +24,23 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 
 from omnimamba.ops.cpu import LANES
 
+logger = logging.getLogger("omnimamba.ops")
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
 LOG2_E, LN_2_HIGH, LN_2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
 EXP_TERMS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 """exp(r) for |r| <= ln(2) / 2 by its Taylor series to the sixth power: 1e-7 relative."""
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A kernel that Numba compiles on its first call and keeps on disk, where it finds a folder that it may write to."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither beside the package nor in the user's home, as in a container that is read-only
+        logger.warning("%s is compiled anew in each process; NUMBA_CACHE_DIR may name a folder to keep it in", function.__qualname__)
+        return numba.njit(**options)(function)
 
 
 class Vector(types.Type):
