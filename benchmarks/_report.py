@@ -44,9 +44,17 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
 
 
+def processor() -> str:
+    """Its name and the widest vectors that torch uses on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def begin(device: str, **settings: Any) -> dict[str, Any]:
     """A report of what runs and where, printed; figures are added to it."""
-    report: dict[str, Any] = {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads()}
     if torch.device(device).type == "cuda":
         report = {"device": torch.cuda.get_device_name(device)}
     report |= {"torch": torch.__version__, "triton": version("triton"), "commit": commit(), "command": " ".join(sys.argv)} | settings
