@@ -5,11 +5,14 @@ imported, so its tests exist only in a process started with TRITON_INTERPRET=1: 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+from omnimamba.config import OmniMambaConfig
+from omnimamba.model.omnimamba import OmniMambaModel
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICES = ["cpu"] if IS_INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -49,6 +52,25 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", poisoned)
     yield
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., OmniMambaModel]:
+    return model_of_random_numbers
+
+
+def model_of_random_numbers(config: OmniMambaConfig, initial: Sequence[str] = ("A_log", "dt_bias")) -> OmniMambaModel:
+    """All parameters but those named `initial` are not those of initialisation, which hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # A_log, dt_bias
+        model = OmniMambaModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rsplit(".", 1)[-1] not in initial:
+                scale = 0.5 if "norm" in name or parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
+    return model
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ DRAWN, GREEDY, GUIDED = SamplingParams(seed=0), SamplingParams(seed=0, temperatu
 
 
 @pytest.fixture(scope="module")
-def model(kernel_device) -> OmniMambaModel:
+def model(kernel_device, random_model) -> OmniMambaModel:
     """Sizes that no tile is: every mask is needed."""
     config = dataclasses.replace(
         preset("tiny"),
@@ -41,17 +41,7 @@ def model(kernel_device) -> OmniMambaModel:
         base_vocab_size=198,
         mmu_positions=60,
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # A_log, dt_bias
-        model = OmniMambaModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D"):
-                continue
-            scale = 0.5 if "norm" in name or parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
-    return model.to(kernel_device).eval().requires_grad_(False)
+    return random_model(config, initial=("A_log", "dt_bias", "D")).to(kernel_device).eval().requires_grad_(False)
 
 
 def runner_of(model: OmniMambaModel, **options) -> Runner:

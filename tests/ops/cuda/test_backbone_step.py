@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from omnimamba.ops.cuda.backbone_step import BackboneStep, Buffers, Shape, argum
 from omnimamba.ops.quant import QuantizedWeight
 
 HERE = Path(__file__).parent
+RandomModel = Callable[[OmniMambaConfig], OmniMambaModel]
 NUM_SLOTS, NUM_BLOCKS, SHARED_BYTES = 4, 11, 227 * 1024
 T2I, MMU = Task.T2I, Task.MMU
 ROWS = {  # slot, task
@@ -44,18 +46,11 @@ def config_of(d_model: int, d_state: int = 64, rank: int = 8) -> OmniMambaConfig
     )
 
 
-def models(config: OmniMambaConfig, scheme: str | None, device: str = "cpu") -> tuple[OmniMambaModel, OmniMambaModel]:
+def models(
+    random_model: RandomModel, config: OmniMambaConfig, scheme: str | None, device: str = "cpu"
+) -> tuple[OmniMambaModel, OmniMambaModel]:
     """In bf16, perhaps quantised, and in fp32 with the same numbers."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # A_log, dt_bias
-        model = OmniMambaModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.rsplit(".", 1)[-1] not in ("A_log", "dt_bias"):
-                scale = 0.5 if "norm" in name or parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
-    model = cast(model, torch.bfloat16).to(device).eval().requires_grad_(False)
+    model = cast(random_model(config), torch.bfloat16).to(device).eval().requires_grad_(False)
     expected = cast(OmniMambaModel(config), torch.float32).to(device).eval().requires_grad_(False)
     expected.load_state_dict(model.state_dict())
     if scheme:
@@ -109,10 +104,12 @@ CASES = {
 }
 
 
-def assert_step(launch, case: str, name: str, device: str, num_blocks: int, shared_bytes: int, num_steps: int = 1) -> None:
+def assert_step(
+    launch, random_model: RandomModel, case: str, name: str, device: str, num_blocks: int, shared_bytes: int, num_steps: int = 1
+) -> None:
     """`launch` makes a function of a step's shape, weights and buffers, which computes the step; called again, the next."""
     sizes, scheme, ssm_dtype = CASES[case]
-    model, reference = models(config_of(**sizes), scheme, device)
+    model, reference = models(random_model, config_of(**sizes), scheme, device)
     runner, expected = runner_of(model, ssm_dtype=ssm_dtype), runner_of(reference)
     before = runner.state.clone()
     decoder = FusedDecoder(model, runner.state, runner.image_table)
@@ -142,7 +139,7 @@ def assert_step(launch, case: str, name: str, device: str, num_blocks: int, shar
 
 
 @pytest.mark.parametrize(("case", "name", "seed"), [(c, n, s) for s, (c, n) in enumerate(itertools.product(CASES, ROWS))])
-def test_the_emulated_kernel_equals_the_plain_step(emulate, case, name, seed):
+def test_the_emulated_kernel_equals_the_plain_step(emulate, random_model, case, name, seed):
     """seed: of the order in which threads go on."""
 
     def launch(shape, *values, eps):
@@ -156,15 +153,24 @@ def test_the_emulated_kernel_equals_the_plain_step(emulate, case, name, seed):
 
         return step
 
-    assert_step(launch, case, name, "cpu", NUM_BLOCKS, SHARED_BYTES)
+    assert_step(launch, random_model, case, name, "cpu", NUM_BLOCKS, SHARED_BYTES)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ROWS)
-def test_the_launch_equals_the_plain_step(case, name):
+def test_the_launch_equals_the_plain_step(random_model, case, name):
     properties = torch.cuda.get_device_properties("cuda")
-    assert_step(BackboneStep, case, name, "cuda", properties.multi_processor_count, properties.shared_memory_per_block_optin, num_steps=3)
+    assert_step(
+        BackboneStep,
+        random_model,
+        case,
+        name,
+        "cuda",
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        num_steps=3,
+    )
 
 
 LARGE = Shape(2048, 4096, 64, 128, 8, 1, "Bf16", "Bf16", False, 2, 8, 8)
@@ -203,7 +209,7 @@ def test_without_nvrtc_it_is_said_once(monkeypatch, caplog):
     compile.is_available.cache_clear()
 
 
-def test_shapes_that_it_leaves_to_others():
+def test_shapes_that_it_leaves_to_others(random_model):
     """Other numbers, sizes and devices."""
 
     def shape_of(model: OmniMambaModel, num_rows: int = 1, **options) -> Shape | None:
@@ -212,10 +218,10 @@ def test_shapes_that_it_leaves_to_others():
         assert backbone_step.device_shape(decoder.layers[0], list(decoder.heads.values()), num_rows, torch.device("cpu")) is None
         return Shape.of(decoder.layers[0], list(decoder.heads.values()), num_rows, 132, 227 * 1024)
 
-    half, single = models(config_of(512), None)
+    half, single = models(random_model, config_of(512), None)
     assert shape_of(half) == Shape(512, 1024, 16, 64, 8, 1, "Bf16", "Bf16", False, 1, 2, 32)
     assert shape_of(half, 2) is not None
     assert shape_of(half, 3) is None
     assert shape_of(half, ssm_dtype=torch.bfloat16) is None  # four bytes a lane
     assert shape_of(single) is None
-    assert shape_of(models(config_of(768), None)[0]) is None
+    assert shape_of(models(random_model, config_of(768), None)[0]) is None

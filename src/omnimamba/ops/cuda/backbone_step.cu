@@ -16,22 +16,20 @@
 // not weights of matrices are bf16 or fp32.
 //
 // The including code defines D_MODEL, D_INNER, NUM_HEADS, D_STATE, RANK, NUM_ROWS, LAYER_WEIGHTS and HEAD_WEIGHTS (Bf16, Int8 or Fp8),
-// HALF_STATE (0 or 1), CHANNELS (of a warp in the state update), SLICES (warps that share a row), NUM_STAGES and SHARED_BYTES.
+// HALF_STATE (0 or 1), CHANNELS (of a warp in the state update), SLICES (warps that share a row), NUM_STAGES, STAGE_BYTES, SHARED_BYTES,
+// NUM_WARPS (that compute), UNIT (channels that no share divides: 16 bytes of anything) and SEGMENT (rows of a matrix whose sums are in
+// shared memory at once).
 
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 constexpr int WARP = 32;
 constexpr int VECTOR = 8;                          // columns of a matrix that a lane takes at once
 constexpr int CHUNK = SLICES * WARP * VECTOR;      // columns that the warps of a group take at once
-constexpr int NUM_WARPS = 16;                      // that compute
 constexpr int GROUPS = NUM_WARPS / SLICES;         // of SLICES warps, which take the stages of the ring in turn
 constexpr int CONSUMERS = NUM_WARPS * WARP;
 constexpr int THREADS = CONSUMERS + 2 * WARP;      // and the two warps that copy
-constexpr int STAGE_BYTES = 8 * D_MODEL;
 constexpr int IN_FLIGHT = min_of(2, NUM_STAGES);   // stages under way at once: enough for the memory; behind more, numbers would wait
-constexpr int SEGMENT = 64;                        // rows of a matrix whose sums are in shared memory at once
 constexpr int AT_ONCE = 8;                         // sums that a thread has at once: registers bound them
-constexpr int UNIT = 8;                            // channels that no share divides: 16 bytes of anything
 
 constexpr int D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + NUM_HEADS;
 constexpr int NUM_COMMON = 2 * D_STATE + NUM_HEADS;  // rows of in_proj that all blocks need: B, C, dt

@@ -101,9 +101,9 @@ class Shape(NamedTuple):
         return shape._replace(num_stages=num_stages) if num_stages > 0 else None
 
     def defines(self) -> dict[str, Any]:
-        return {name.upper(): int(value) if isinstance(value, bool) else value for name, value in self._asdict().items()} | {
-            "SHARED_BYTES": self.work_bytes
-        }
+        own = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in self._asdict().items()}
+        sizes = {"STAGE_BYTES": self.stage_bytes, "SHARED_BYTES": self.work_bytes}
+        return own | sizes | {"NUM_WARPS": NUM_WARPS, "UNIT": UNIT, "SEGMENT": SEGMENT}
 
     @property
     def stage_bytes(self) -> int:
