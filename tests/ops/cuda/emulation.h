@@ -163,6 +163,11 @@ inline float shuffle_xor(float value, int mask) {
     return values[threadIdx.x % 32 ^ mask];
 }
 
+inline float largest_of_lanes(float value) {
+    for (int mask = 16; mask; mask /= 2) value = max(value, shuffle_xor(value, mask));
+    return value;
+}
+
 inline u32 word_at(const float* from) {
     u32 word;
     std::memcpy(&word, from, 4);
@@ -193,9 +198,10 @@ inline float float_of(u32 bits) {
     return value;
 }
 
+inline u32 bits_of(float value) { return word_at(&value); }
+
 inline u16 to_bf16(float value) {
-    u32 bits;
-    std::memcpy(&bits, &value, 4);
+    const u32 bits = bits_of(value);
     return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -203,10 +209,16 @@ inline u32 pack_bf16(float first, float second) { return to_bf16(first) | (u32)t
 
 inline float2 unpack_bf16(u32 pair) { return {float_of(pair << 16), float_of(pair & 0xffff0000u)}; }
 
-constexpr float INT8_OFFSET = 32768 + 128;
+inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
+    const u64 bytes = (u64)high << 32 | low;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) result |= (u32)(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
 
-inline void widen_int8(u32 bytes, float* numbers) {
-    for (int i = 0; i < 4; i++) numbers[i] = (signed char)(bytes >> 8 * i) + INT8_OFFSET;
+inline int dot4(u32 a, u32 b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (signed char)(a >> i) * (signed char)(b >> i);
+    return sum;
 }
 
 inline void widen_fp8(u16 bytes, float* numbers) {

@@ -12,8 +12,8 @@
 // numbers twice a layer: for y, and for the residual stream. No barrier is needed: numbers carry a tag (`publish`), and a block writes
 // new ones only after it has received what all others made of the old ones.
 //
-// The definitions are `Mamba2Backbone.step` and what it calls. Activations are fp32 but for their lowest bit; other numbers that are
-// not weights of matrices are bf16 or fp32.
+// The definitions are `Mamba2Backbone.step` and what it calls. Activations are fp32 but for their lowest bit, and int8 weights are
+// multiplied with 16 bits of them (`Digits`). Other numbers that are not weights of matrices are bf16 or fp32.
 //
 // The including code defines D_MODEL, D_INNER, NUM_HEADS, D_STATE, RANK, NUM_ROWS, LAYER_WEIGHTS and HEAD_WEIGHTS (Bf16, Int8 or Fp8),
 // HALF_STATE (0 or 1), CHANNELS (of a warp in the state update), SLICES (warps that share a row), NUM_STAGES, STAGE_BYTES, SHARED_BYTES,
@@ -46,44 +46,6 @@ static_assert(NUM_STAGES % GROUPS == 0);                                        
 static_assert(CONV_CHANNELS <= CONSUMERS && SEGMENT * NUM_ROWS <= CONSUMERS);  // one for each thread
 static_assert(D_COMMON % 4 == 0);                                               // received four at a time
 static_assert(NUM_HEADS % UNIT == 0 && D_STATE % UNIT == 0 && BLOCK_CHANNELS % UNIT == 0);
-
-// ---- matrices of which a lane takes VECTOR numbers at once
-
-struct Bf16 {
-    static constexpr int size = 2;
-    static constexpr float offset = 0;
-    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
-        const uint4 pairs = *(const uint4*)from;
-        const u32 bits[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            w[2 * i] = float_of(bits[i] << 16);
-            w[2 * i + 1] = float_of(bits[i] & 0xffff0000u);
-        }
-    }
-};
-
-struct Int8 {
-    static constexpr int size = 1;
-    static constexpr float offset = INT8_OFFSET;  // more than the numbers are; see widen_int8
-    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
-        const uint2 bytes = *(const uint2*)from;
-        widen_int8(bytes.x, w);
-        widen_int8(bytes.y, w + 4);
-    }
-};
-
-struct Fp8 {
-    static constexpr int size = 1;
-    static constexpr float offset = 0;
-    static __device__ __forceinline__ void load(const char* from, float (&w)[VECTOR]) {
-        const uint2 bytes = *(const uint2*)from;
-        widen_fp8((u16)bytes.x, w);
-        widen_fp8((u16)(bytes.x >> 16), w + 2);
-        widen_fp8((u16)bytes.y, w + 4);
-        widen_fp8((u16)(bytes.y >> 16), w + 6);
-    }
-};
 
 // ---- what the host passes
 
@@ -186,7 +148,7 @@ struct Shared {
     float common[NUM_ROWS][D_COMMON];  // B, C, dt before the convolution, and A u
     float vector[NUM_ROWS][D_INNER];  // what is multiplied
     float partial[2][SEGMENT][NUM_ROWS][SLICES];
-    float squares[NUM_ROWS][NUM_WARPS];
+    float squares[NUM_ROWS][NUM_WARPS], largest[NUM_ROWS][NUM_WARPS];
     float z_x[2][NUM_ROWS][BLOCK_CHANNELS];
     float B_C[NUM_ROWS][2 * D_STATE], newest[NUM_ROWS][2 * D_STATE];  // after the convolution and before
     float decay[NUM_ROWS][BLOCK_CHANNELS], input[NUM_ROWS][BLOCK_CHANNELS];
@@ -281,21 +243,92 @@ __device__ __forceinline__ void sum_lanes_of(float (&values)[num], int lane) {
     for (int rest = WARP / num / 2; rest; rest /= 2) values[0] += shuffle_xor(values[0], rest);
 }
 
-// ---- products of the streamed matrices with vectors
+// ---- four numbers
 
 __device__ __forceinline__ float4 four_bf16(uint2 bits) {
-    return make_float4(float_of(bits.x << 16), float_of(bits.x & 0xffff0000u), float_of(bits.y << 16), float_of(bits.y & 0xffff0000u));
+    const float2 first = unpack_bf16(bits.x), second = unpack_bf16(bits.y);
+    return make_float4(first.x, first.y, second.x, second.y);
 }
 
-// A vector of K numbers spread over the threads of a group: value [j * VECTOR + i] of a lane is that of column
-// j * CHUNK + (slice * WARP + lane) * VECTOR + i.
-template <int K>
-struct Vector {
-    static constexpr int NUM = K / (SLICES * WARP);
-    float values[NUM_ROWS][NUM], totals[NUM_ROWS];
+__device__ __forceinline__ float largest_of(float4 n) { return fmaxf(fmaxf(fabsf(n.x), fabsf(n.y)), fmaxf(fabsf(n.z), fabsf(n.w))); }
+
+// ---- matrices: a lane's numbers of a row, VECTOR of every CHUNK, and what they are multiplied with
+
+template <class Number, int NUM>
+struct Array {
+    Number values[NUM];
 };
 
-__device__ __forceinline__ int first_column() { return threadIdx.x % (SLICES * WARP) * VECTOR; }
+template <int K>
+struct Vector;
+template <int K>
+struct Digits;
+
+struct Bf16 {
+    static constexpr int size = 2;
+    static constexpr bool is_fixed_point = false;
+    template <int K>
+    using Operand = Vector<K>;
+
+    template <int NUM>
+    static __device__ __forceinline__ Array<float, NUM> load(const char* row) {
+        Array<float, NUM> w;
+#pragma unroll
+        for (int j = 0; j < NUM; j += VECTOR) {
+            const uint4 pairs = *(const uint4*)(row + j / VECTOR * CHUNK * size);
+            const u32 bits[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 two = unpack_bf16(bits[i]);
+                w.values[j + 2 * i] = two.x, w.values[j + 2 * i + 1] = two.y;
+            }
+        }
+        return w;
+    }
+};
+
+struct Int8 {
+    static constexpr int size = 1;
+    static constexpr bool is_fixed_point = true;
+    template <int K>
+    using Operand = Digits<K>;
+
+    template <int NUM>
+    static __device__ __forceinline__ Array<u32, NUM / 4> load(const char* row) {
+        Array<u32, NUM / 4> w;
+#pragma unroll
+        for (int j = 0; j < NUM; j += VECTOR) {
+            const uint2 bytes = *(const uint2*)(row + j / VECTOR * CHUNK * size);
+            w.values[j / 4] = bytes.x, w.values[j / 4 + 1] = bytes.y;
+        }
+        return w;
+    }
+};
+
+struct Fp8 {
+    static constexpr int size = 1;
+    static constexpr bool is_fixed_point = false;
+    template <int K>
+    using Operand = Vector<K>;
+
+    template <int NUM>
+    static __device__ __forceinline__ Array<float, NUM> load(const char* row) {
+        Array<float, NUM> w;
+#pragma unroll
+        for (int j = 0; j < NUM; j += VECTOR) {
+            const uint2 bytes = *(const uint2*)(row + j / VECTOR * CHUNK * size);
+            widen_fp8((u16)bytes.x, &w.values[j]);
+            widen_fp8((u16)(bytes.x >> 16), &w.values[j + 2]);
+            widen_fp8((u16)bytes.y, &w.values[j + 4]);
+            widen_fp8((u16)(bytes.y >> 16), &w.values[j + 6]);
+        }
+        return w;
+    }
+};
+
+constexpr bool IS_FIXED_POINT = LAYER_WEIGHTS::is_fixed_point || HEAD_WEIGHTS::is_fixed_point;
+
+// ---- normed vectors
 
 // Of the columns that threads receive, four in a row are the same thread's.
 constexpr int ROUND = 4 * CONSUMERS;
@@ -314,14 +347,19 @@ struct NormWeights {
     }
 };
 
-// The published rows x [NUM_ROWS, K], normed.
+// What makes the rows of `Shared::vector` normed ones; the largest number of each then, where IS_FIXED_POINT.
+struct Normed {
+    float scale[NUM_ROWS], largest[NUM_ROWS];
+};
+
+// The published rows x [NUM_ROWS, K] to `Shared::vector`, which has yet to be scaled.
 template <int K>
-__device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, const NormWeights<K>& norm, float eps, Shared& shared) {
+__device__ __forceinline__ Normed receive_normed(const float* x, u32 tag, const NormWeights<K>& norm, float eps, Shared& shared) {
     constexpr int NUM = NormWeights<K>::NUM;
     const int column = 4 * (int)threadIdx.x;
 #pragma unroll
     for (int b = 0; b < NUM_ROWS; b++) {
-        float squares = 0;
+        float squares = 0, largest = 0;
         if (column < K) {
             const float* from = x + b * K + column;
             if (threadIdx.x % WARP == 0) receive(peek(from), from, tag);  // while words are awaited, few ask for them
@@ -333,36 +371,112 @@ __device__ __forceinline__ Vector<K> receive_normed(const float* x, u32 tag, con
             for (int j = 0; j < NUM; j++) {
                 const float4 n = receive4(words[j], from + j * ROUND, tag), weights = four_bf16(norm.words[j]);
                 squares += n.x * n.x + n.y * n.y + n.z * n.z + n.w * n.w;
-                float4& out = *(float4*)&shared.vector[b][j * ROUND + column];
-                out = make_float4(n.x * weights.x, n.y * weights.y, n.z * weights.z, n.w * weights.w);
+                const float4 out = make_float4(n.x * weights.x, n.y * weights.y, n.z * weights.z, n.w * weights.w);
+                *(float4*)&shared.vector[b][j * ROUND + column] = out;
+                if (IS_FIXED_POINT) largest = fmaxf(largest, largest_of(out));
             }
         }
         squares = sum_lanes(squares);
-        if (threadIdx.x % WARP == 0) shared.squares[b][threadIdx.x / WARP] = squares;
+        if (IS_FIXED_POINT) largest = largest_of_lanes(largest);
+        if (threadIdx.x % WARP == 0) {
+            shared.squares[b][threadIdx.x / WARP] = squares;
+            shared.largest[b][threadIdx.x / WARP] = largest;
+        }
     }
     sync_consumers();
-    Vector<K> result;
+    Normed result;
 #pragma unroll
     for (int b = 0; b < NUM_ROWS; b++) {
-        float squares = 0;
+        float squares = 0, largest = 0;
 #pragma unroll
         for (int warp = 0; warp < NUM_WARPS; warp += 4) {
             const float4 four = *(const float4*)&shared.squares[b][warp];
             squares += four.x + four.y + four.z + four.w;
+            if (IS_FIXED_POINT) largest = fmaxf(largest, largest_of(*(const float4*)&shared.largest[b][warp]));
         }
-        const float scale = 1 / sqrtf(squares / K + eps);
-#pragma unroll
-        for (int i = 0; i < Vector<K>::NUM; i += 4) {
-            const float4 n = *(const float4*)&shared.vector[b][i / VECTOR * CHUNK + first_column() + i % VECTOR];
-            result.values[b][i] = n.x * scale, result.values[b][i + 1] = n.y * scale;
-            result.values[b][i + 2] = n.z * scale, result.values[b][i + 3] = n.w * scale;
-        }
-        result.totals[b] = 0;
-#pragma unroll
-        for (int i = 0; i < Vector<K>::NUM; i++) result.totals[b] += result.values[b][i];
+        result.scale[b] = 1 / sqrtf(squares / K + eps);
+        result.largest[b] = largest * result.scale[b];
     }
     return result;
 }
+
+// ---- the vectors that are multiplied, spread over the threads of a group: number [j * VECTOR + i] of a lane is that of column
+// j * CHUNK + (slice * WARP + lane) * VECTOR + i
+
+__device__ __forceinline__ int first_column() { return threadIdx.x % (SLICES * WARP) * VECTOR; }
+
+template <int K>
+struct Vector {
+    static constexpr int SIZE = K, NUM = K / (SLICES * WARP);
+    float values[NUM_ROWS][NUM];
+
+    __device__ __forceinline__ Vector(const Shared& shared, const Normed& normed) {
+#pragma unroll
+        for (int b = 0; b < NUM_ROWS; b++) {
+#pragma unroll
+            for (int i = 0; i < NUM; i += 4) {
+                const float4 n = four_of(shared.vector[b], i);
+                values[b][i] = n.x * normed.scale[b], values[b][i + 1] = n.y * normed.scale[b];
+                values[b][i + 2] = n.z * normed.scale[b], values[b][i + 3] = n.w * normed.scale[b];
+            }
+        }
+    }
+
+    // The numbers [i, i + 4) of a lane.
+    static __device__ __forceinline__ float4 four_of(const float* vector, int i) {
+        return *(const float4*)&vector[i / VECTOR * CHUNK + first_column() + i % VECTOR];
+    }
+
+    // A lane's part of the product of a matrix's row with row b.
+    __device__ __forceinline__ float times(const Array<float, NUM>& weights, int b) const {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < NUM; i++) sum = fmaf(weights.values[i], values[b][i], sum);
+        return sum;
+    }
+};
+
+// A vector as integers of 16 bits, of which the largest is LARGEST: 256 * high + low, each of eight bits with a sign, four to a word.
+// Products with int8 are exact; the rounding is at most sqrt(K / 12) / LARGEST of the vector's norm, less than bf16's.
+template <int K>
+struct Digits {
+    static constexpr int SIZE = K, NUM = K / (SLICES * WARP), LARGEST = 127 * 256 + 127;
+    static_assert(NUM < 0x7fffffff / (127 * LARGEST));
+    u32 high[NUM_ROWS][NUM / 4], low[NUM_ROWS][NUM / 4];
+    float unit[NUM_ROWS];
+
+    __device__ __forceinline__ Digits(const Shared& shared, const Normed& normed) {
+#pragma unroll
+        for (int b = 0; b < NUM_ROWS; b++) {
+            const float largest = normed.largest[b] + 1e-30f, per_unit = normed.scale[b] * (LARGEST / largest);
+            unit[b] = largest / LARGEST;
+#pragma unroll
+            for (int i = 0; i < NUM / 4; i++) {
+                // The lowest 16 bits of each are the integer plus 128: the upper byte is the high digit, the lower one the low digit plus 128.
+                const float4 n = Vector<K>::four_of(shared.vector[b], 4 * i);
+                const u32 first = __byte_perm(integer_bits(n.x * per_unit + 128), integer_bits(n.y * per_unit + 128), 0x5140);
+                const u32 second = __byte_perm(integer_bits(n.z * per_unit + 128), integer_bits(n.w * per_unit + 128), 0x5140);
+                high[b][i] = __byte_perm(first, second, 0x7632);
+                low[b][i] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+            }
+        }
+    }
+
+    // Of the nearest integer, below 2**22, in the lowest 22.
+    static __device__ __forceinline__ u32 integer_bits(float value) { return bits_of(value + (3 << 22)); }
+
+    __device__ __forceinline__ float times(const Array<u32, NUM / 4>& weights, int b) const {
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < NUM / 4; i++) sum = dot4(weights.values[i], high[b][i], sum);
+        sum *= 256;
+#pragma unroll
+        for (int i = 0; i < NUM / 4; i++) sum = dot4(weights.values[i], low[b][i], sum);
+        return sum * unit[b];
+    }
+};
+
+// ---- products of the streamed matrices with vectors
 
 // Of a product's segment of `num` rows, a thread emits one at most.
 struct Emitted {
@@ -378,8 +492,9 @@ __device__ __forceinline__ auto prepared(int num_rows, Prepare prepare) {
 
 // Calls emit(row, b, product, prepare(row, b)) for the next `num_rows` rows in the ring, `row` counted from 0; each in one thread.
 // early: what `prepared` gave.
-template <class Weights, int K, class Prepare, class Early, class Emit>
-__device__ __forceinline__ void multiply(Sink& sink, const Vector<K>& x, int num_rows, Prepare prepare, Early early, Emit emit) {
+template <class Weights, class Operand, class Prepare, class Early, class Emit>
+__device__ __forceinline__ void multiply(Sink& sink, const Operand& x, int num_rows, Prepare prepare, Early early, Emit emit) {
+    constexpr int K = Operand::SIZE;
     constexpr int TILE = STAGE_BYTES / (K * Weights::size);          // rows of a stage
     constexpr int PASS = min_of(TILE, AT_ONCE / NUM_ROWS);            // of those, at once
     constexpr int STAGES = AT_ONCE / NUM_ROWS / PASS;                 // of the group, at once
@@ -398,29 +513,17 @@ __device__ __forceinline__ void multiply(Sink& sink, const Vector<K>& x, int num
         while (tile < num_tiles) {
 #pragma unroll 1
             for (int pass = 0; pass < TILE; pass += PASS) {
-                float sums[NUM];
-#pragma unroll
-                for (int i = 0; i < NUM; i++) sums[i] = Weights::offset == 0 ? 0 : -Weights::offset * x.totals[i % NUM_ROWS];
+                float sums[NUM] = {};
 #pragma unroll
                 for (int s = 0; s < STAGES; s++) {
                     if (tile + s * GROUPS >= num_tiles) break;
                     barrier_wait(&shared.full[sink.place.stage], sink.place.lap);
                     const char* rows = stage_at(sink.place.stage) + (pass * K + first_column()) * Weights::size;
 #pragma unroll
-                    for (int j = 0; j < K / CHUNK; j++) {
+                    for (int r = 0; r < PASS; r++) {
+                        const auto weights = Weights::template load<Operand::NUM>(rows + r * K * Weights::size);
 #pragma unroll
-                        for (int r = 0; r < PASS; r++) {
-                            float w[VECTOR];
-                            Weights::load(rows + (r * K + j * CHUNK) * Weights::size, w);
-#pragma unroll
-                            for (int b = 0; b < NUM_ROWS; b++) {
-#pragma unroll
-                                for (int i = 0; i < VECTOR; i++) {
-                                    float& sum = sums[(s * PASS + r) * NUM_ROWS + b];
-                                    sum = fmaf(w[i], x.values[b][j * VECTOR + i], sum);
-                                }
-                            }
-                        }
+                        for (int b = 0; b < NUM_ROWS; b++) sums[(s * PASS + r) * NUM_ROWS + b] = x.times(weights, b);
                     }
                     if (pass + PASS < TILE) continue;
                     __syncwarp();
@@ -563,23 +666,16 @@ struct Update {
         float states[NUM_ROWS][CHANNELS][PER_LANE];
 #pragma unroll
         for (int b = 0; b < NUM_ROWS; b++) {
+            float y[CHANNELS] = {};
+            if (slots[b] >= 0) {
+                const int last = max(0, channels.num - 1);  // what is not the block's is computed in vain: branches would keep sums apart
+#pragma unroll
+                for (int i = 0; i < CHANNELS; i++) y[i] = update_state(b, min(warp * CHANNELS + i, last), states[b][i]);
+            }
 #pragma unroll
             for (int i = 0; i < CHANNELS; i++) {
                 const int channel = warp * CHANNELS + i;
-                if (channel >= channels.num) continue;
-                float y = 0;
-                if (slots[b] >= 0) {
-                    float (&state)[PER_LANE] = states[b][i];
-                    load_state(shared.extras.states[b][channel] + lane * PER_LANE * STATE_BYTES, state);
-#pragma unroll
-                    for (int k = 0; k < PER_LANE; k++) {
-                        const float B = shared.B_C[b][lane * PER_LANE + k], C = shared.B_C[b][D_STATE + lane * PER_LANE + k];
-                        state[k] = fmaf(state[k], shared.decay[b][channel], shared.input[b][channel] * B);
-                        y = fmaf(state[k], C, y);
-                    }
-                    y = (sum_lanes(y) + shared.skipped[b][channel]) * shared.gate[b][channel];
-                }
-                if (lane == 0) publish(arguments.y + b * D_INNER + channels.first + channel, y, tag);
+                if (lane == 0 && channel < channels.num) publish(arguments.y + b * D_INNER + channels.first + channel, y[i], tag);
             }
         }
 #pragma unroll
@@ -591,6 +687,20 @@ struct Update {
                 store_state(state_at(layer, b, channel) + lane * PER_LANE * STATE_BYTES, states[b][i]);
             }
         }
+    }
+
+    // A lane's part of a channel's new state, and the channel's y * silu(z).
+    __device__ __forceinline__ float update_state(int b, int channel, float (&state)[PER_LANE]) const {
+        const int first = threadIdx.x % WARP * PER_LANE;
+        const float decay = shared.decay[b][channel], input = shared.input[b][channel];
+        float y = 0;
+        load_state(shared.extras.states[b][channel] + first * STATE_BYTES, state);
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) {
+            state[k] = fmaf(state[k], decay, input * shared.B_C[b][first + k]);
+            y = fmaf(state[k], shared.B_C[b][D_STATE + first + k], y);
+        }
+        return (sum_lanes(y) + shared.skipped[b][channel]) * shared.gate[b][channel];
     }
 };
 
@@ -732,15 +842,18 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
         };
         const auto early_common = prepared(common.num_projected, common_scale);
         const auto early_z_x = prepared(2 * channels.num, z_x_scale);
-        const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
+        const Normed normed_x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
         residual_tag ^= 1;
         tag ^= 1;
         if (speaks) barrier_arrive(&shared.common_wanted);
-        multiply<Bf16>(
-            sink, x, common.num_lora, [](int, int) { return 0; }, 0,
-            [&](int row, int b, float sum, int) {
-                publish(arguments.common + b * D_COMMON + NUM_COMMON + common.first_lora + row, sum, tag);
-            });
+        if (common.num_lora) {
+            multiply<Bf16>(
+                sink, Vector<D_MODEL>(shared, normed_x), common.num_lora, [](int, int) { return 0; }, 0,
+                [&](int row, int b, float sum, int) {
+                    publish(arguments.common + b * D_COMMON + NUM_COMMON + common.first_lora + row, sum, tag);
+                });
+        }
+        const LAYER_WEIGHTS::Operand<D_MODEL> x(shared, normed_x);
         multiply<LAYER_WEIGHTS>(sink, x, common.num_projected, common_scale, early_common, [&](int row, int b, float sum, float scale) {
             publish(arguments.common + b * D_COMMON + common.first + row, sum * scale, tag);
         });
@@ -756,16 +869,17 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
         update.convolve_channel(layer);
         sync_consumers();
         update.update_states(layer, tag);
-        const Vector<D_INNER> y = receive_normed<D_INNER>(arguments.y, tag, gated_norm, eps, shared);
+        const Normed normed_y = receive_normed<D_INNER>(arguments.y, tag, gated_norm, eps, shared);
         if (i % gridDim.x == blockIdx.x) update.shift_B_C(layer);
         __syncwarp();
         if (speaks) barrier_arrive(&shared.extras_empty);
         norm = NormWeights<D_MODEL>(i + 1 < arguments.num_layers ? arguments.layers[i + 1].norm : arguments.final_norm);
+        const LAYER_WEIGHTS::Operand<D_INNER> y(shared, normed_y);
         multiply<LAYER_WEIGHTS>(sink, y, out_rows.num, out_scale, early_out, [&](int row, int b, float sum, Scaled early) {
             publish(arguments.residual + b * D_MODEL + out_rows.first + row, early.addend + sum * early.scale, residual_tag);
         });
     }
-    const Vector<D_MODEL> x = receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared);
+    const HEAD_WEIGHTS::Operand<D_MODEL> x(shared, receive_normed<D_MODEL>(arguments.residual, residual_tag, norm, eps, shared));
 #pragma unroll 1
     for (int j = 0; j < arguments.num_heads; j++) {
         const Head& head = arguments.heads[j];

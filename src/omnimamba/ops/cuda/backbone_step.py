@@ -119,7 +119,7 @@ class Shape(NamedTuple):
         states = b * own * self.d_state * (2 if self.half_state else 4)
         extras = 8 * conv * (1 + b) + 2 * conv + lora + 12 * self.num_heads + states
         common = 2 * self.d_state + self.num_heads + 2 * self.rank
-        floats = common + self.d_inner + 2 * SEGMENT * self.slices + NUM_WARPS + 6 * own + 4 * self.d_state
+        floats = common + self.d_inner + 2 * SEGMENT * self.slices + 2 * NUM_WARPS + 6 * own + 4 * self.d_state
         return extras + 4 * b * floats + 16 * (MAX_STAGES + 3)
 
     @property

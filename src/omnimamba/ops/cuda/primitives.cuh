@@ -67,6 +67,9 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, th
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// The largest of positive numbers of a warp's lanes.
+__device__ __forceinline__ float largest_of_lanes(float value) { return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value))); }
+
 // ---- numbers from block to block: the lowest bit of a word says whether it is the new one, so nothing else has to be waited for
 
 __device__ __forceinline__ void publish(float* to, float value, u32 tag) {
@@ -104,6 +107,8 @@ __device__ __forceinline__ float4 receive4(uint4 words, const float* from, u32 t
 
 __device__ __forceinline__ float float_of(u32 bits) { return __uint_as_float(bits); }
 
+__device__ __forceinline__ u32 bits_of(float value) { return __float_as_uint(value); }
+
 __device__ __forceinline__ u16 to_bf16(float value) {
     u16 bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -119,16 +124,11 @@ __device__ __forceinline__ u32 pack_bf16(float first, float second) {
 
 __device__ __forceinline__ float2 unpack_bf16(u32 pair) { return make_float2(float_of(pair << 16), float_of(pair & 0xffff0000u)); }
 
-// Four int8, each INT8_OFFSET more than it is: the byte of number + 128 in the middle of the bits of 2**15, one instruction a number. What
-// is multiplied with it is subtracted once a sum, which costs 1e-6 of the product of the norms.
-constexpr float INT8_OFFSET = 32768 + 128;
-
-__device__ __forceinline__ void widen_int8(u32 bytes, float* numbers) {
-    bytes ^= 0x80808080u;
-    numbers[0] = float_of(__byte_perm(bytes, 0x47000000u, 0x7604));
-    numbers[1] = float_of(__byte_perm(bytes, 0x47000000u, 0x7614));
-    numbers[2] = float_of(__byte_perm(bytes, 0x47000000u, 0x7624));
-    numbers[3] = float_of(__byte_perm(bytes, 0x47000000u, 0x7634));
+// sum + the products of four int8 with four others.
+__device__ __forceinline__ int dot4(u32 a, u32 b, int sum) {
+    int result;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
 }
 
 // Two float8 e4m3.
