@@ -281,6 +281,8 @@ def chat(
     finally:
         if save_state and conversation.messages:
             conversation.save(save_state)
+    if save_state and not conversation.messages:
+        raise ValueError(f"{save_state} is not written: no question was answered; ask one")
 
 
 @app.command()

@@ -216,6 +216,13 @@ def test_an_answer_without_room_ends_a_piped_chat_and_what_was_said_is_saved(cli
     assert cli("chat", *options, "--past-last-position", "clamp", stdin=b"what?\n" * 9).code == 0
 
 
+def test_a_chat_without_a_question_says_that_nothing_is_saved(cli, folder, tmp_path):
+    state = tmp_path / "chat.safetensors"
+    result = cli("chat", "--save-state", state, "--model", folder, stdin=b"\n")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"omnimamba: {state} is not written: no question was answered; ask one\n" and not state.exists()
+
+
 def test_a_person_may_ask_again(cli, folder, omni, monkeypatch):
     lines = iter(["hello " * 50, "", "hello"])
 

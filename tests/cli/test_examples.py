@@ -1,5 +1,6 @@
 """The scripts of examples/ run."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,26 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def run(script: str, *args: object, cwd: Path) -> str:
     command = [sys.executable, EXAMPLES / script, *(str(arg) for arg in args)]
     return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=200).stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "says"),
+    [
+        ("paint.py", [], "required: prompt"),
+        ("paint.py", ["red apple", "absent"], "there is no file or folder 'absent'"),
+        ("describe_folder.py", [], "required: folder"),
+        ("describe_folder.py", ["absent"], "no .png or .jpg files in absent"),
+        ("conversation.py", [], "required: image"),
+        ("conversation.py", ["absent.png"], "no such file: absent.png"),
+        ("conversation.py", [__file__], "not a whole image"),
+    ],
+)
+def test_wrong_arguments(script, args, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"{script}: error: ") and says in err and err.count("\n") == 1
 
 
 @pytest.mark.slow

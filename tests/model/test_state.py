@@ -1,12 +1,14 @@
 """Slots: views, copies, forks, snapshots in memory and on disk."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from omnimamba.config import BackboneConfig, Task
+from omnimamba.model import files
 from omnimamba.model.state import MambaState
 
 CONFIG = BackboneConfig(d_model=32, n_layer=2, d_state=16, headdim=16)
@@ -110,6 +112,19 @@ def test_file_keeps_every_bit(state, tmp_path):
     assert same(loaded, half) and loaded.conv.dtype == torch.bfloat16 and metadata == {"question": "What is it? 🍎"}
     half.save(path, fingerprint="f")
     assert MambaState.load(path, CONFIG, fingerprint="f")[1] == {}
+
+
+def test_a_file_is_whole_or_stays_as_it_was(saved, state, monkeypatch):
+    before = saved.read_bytes()
+
+    def fill_disk(tensors, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files, "save_file", fill_disk)
+    with pytest.raises(OSError, match="no space left"):
+        state.save(saved, fingerprint="g")
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
 @pytest.fixture

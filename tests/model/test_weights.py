@@ -299,10 +299,13 @@ def test_config_is_readable(folder, bundle):
     assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(bundle.config.to_dict()))
 
 
-def test_files_are_readable_for_others(bundle, tmp_path):
+def test_files_are_readable_for_others(bundle, tmp_path, monkeypatch):
+    """And the umask stays as it is meanwhile: other threads make files with it, too."""
     mask = os.umask(0o022)
     try:
-        weights.save(bundle, tmp_path / "model")
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            weights.save(bundle, tmp_path / "model")
     finally:
         os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}

@@ -84,11 +84,13 @@ def running(omni, config=None, *, with_page=False, drain_seconds=10):
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     key = server.service.config.api_key or "none"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
-    with client, httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as http:
-        yield Running(server, url, client, http)
-    server.should_exit = True
-    thread.join(30)
-    bound.close()
+    try:
+        with client, httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as http:
+            yield Running(server, url, client, http)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        bound.close()
     assert not thread.is_alive(), "the server does not stop"
 
 

@@ -1,9 +1,14 @@
 """Conversations that the server keeps, as ids and as files."""
 
+import contextlib
+import socket
+import time
+
 import openai
 import pytest
 
-from omnimamba.server.config import ServerConfig
+from omnimamba.server import states
+from omnimamba.server.config import MIB, ServerConfig
 
 from .conftest import MODEL, about, data_url, drawing
 
@@ -131,6 +136,26 @@ def test_a_file_of_a_large_state_is_taken_in(new_omni, serve):
         assert len(file) > size // 2
         assert running.http.post("/v1/states", content=file).status_code == 200
         assert running.http.post("/v1/chat/completions", content=file).status_code == 413
+
+
+def test_so_many_files_at_once_and_no_more(new_omni, serve, monkeypatch):
+    """Each counts until its client has read it; small answers come all the same."""
+    monkeypatch.setattr(states, "to_file", lambda conversation: bytes(64 * MIB))
+    with serve(new_omni(num_slots=1), ServerConfig(state_bytes=50 * MIB, max_waiting=1)) as running, contextlib.ExitStack() as stack:
+        path = f"/v1/states/{ask(running.client, 'Hi', keep_state=True).choices[0].state_id}"
+        host, port = running.url.removeprefix("http://").split(":")
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        response = running.http.get(path)
+        assert response.status_code == 429 and 1 <= int(response.headers["retry-after"]) <= 60
+        assert running.http.get("/health").status_code == running.http.get("/v1/models").status_code == 200
+        stack.close()
+        deadline = time.monotonic() + 20
+        while (response := running.http.get(path)).status_code == 429:
+            assert time.monotonic() < deadline
+        assert len(response.content) == 64 * MIB
 
 
 def test_room_for_less_than_one_state(new_omni, serve):

@@ -58,10 +58,10 @@ def test_plot(tmp_path):
 
     with RunLog(tmp_path) as log:
         for step in range(1, 4):
-            log.report(step, {"loss": 1 / step, "mmu": 2 / step, "lr": 1e-3})
-        log.report(3, {"mmu": 0.7, "mmu_exact": 0.5}, kind="val")
+            log.report(step, {"loss": 1 / step, "mmu": 2 / step, "grad_norm": 1.0, "player_grad_norm": 1.0, "usage": 0.5, "lr": 1e-3})
+        log.report(3, {"mmu": 0.7, "mmu_exact": 0.5, "mmu_exact_name": 0.5, "psnr": 20.0, "codes_used": 0.5, "a_accuracy": 0.5}, kind="val")
     with Image.open(tmp_path / "losses.png") as plot:
-        assert plot.width > 2 * plot.height  # two panels
+        assert 2 * plot.height < plot.width < 3 * plot.height  # two panels
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

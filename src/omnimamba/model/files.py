@@ -100,10 +100,10 @@ def read_safetensors(folder: Path, stem: str) -> Mapping[str, Tensor] | None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself makes its files private."""
+    path.touch()
+    mode = path.stat().st_mode  # to ask for the umask is to change it, for all threads
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(mode)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omnimamba.config import BackboneConfig
-from omnimamba.model.files import save_tensors
+from omnimamba.model.files import save_tensors, whole_file
 
 
 @dataclasses.dataclass
@@ -89,9 +89,10 @@ class MambaState:
         return MambaState(self.conv.clone(), self.ssm.clone(), self.position.clone())
 
     def save(self, path: str | Path, *, fingerprint: str, metadata: dict[str, str] | None = None) -> None:
-        """Writes a snapshot; `fingerprint` names the model that can continue it (see `weights.Bundle.fingerprint`)."""
+        """Writes a snapshot, whole or not at all; `fingerprint` names the model that can continue it (see `weights.Bundle.fingerprint`)."""
         tensors = {"conv": self.conv, "ssm": self.ssm, "position": self.position}
-        save_tensors(tensors, Path(path), {"fingerprint": fingerprint, "metadata": json.dumps(metadata or {})})
+        with whole_file(Path(path)) as partial:
+            save_tensors(tensors, partial, {"fingerprint": fingerprint, "metadata": json.dumps(metadata or {})})
 
     @classmethod
     def load(

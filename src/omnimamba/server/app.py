@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 import omnimamba
 from omnimamba.server import errors, states
@@ -125,7 +125,7 @@ def create_api(service: Service, model_id: str) -> FastAPI:
         add_state_routes(api, service, v1)
     paths = frozenset(getattr(route, "path", "") for route in api.routes)
     max_body_bytes = {STATES: max(config.max_body_bytes, service.bytes_per_state + MIB)}
-    api.add_middleware(Guard, service=service, paths=paths, max_body_bytes=max_body_bytes)
+    api.add_middleware(Guard, service=service, paths=paths, files=f"{STATES}/", max_body_bytes=max_body_bytes)
     if config.cors_origins:
         api.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["Retry-After"]
@@ -158,13 +158,19 @@ def add_state_routes(api: FastAPI, service: Service, of_route: dict[str, Any]) -
         if conversation is None:
             raise _no_state()
         data = await service.thread.call(lambda: states.to_file(conversation))
-        return Response(data, media_type="application/octet-stream")
+        return StreamingResponse(pieces(data), headers={"Content-Length": str(len(data))}, media_type="application/octet-stream")
 
     @api.delete(STATES + "/{state_id}", **of_route)
     async def delete(state_id: str) -> DeletedState:
         if not service.states.remove(state_id):
             raise _no_state()
         return {"id": state_id, "object": "state", "deleted": True}
+
+
+async def pieces(data: bytes) -> AsyncIterator[bytes]:
+    """So that the request lasts until the client has taken in most of them."""
+    for start in range(0, len(data), MIB):
+        yield data[start : start + MIB]
 
 
 def _no_state() -> ApiError:

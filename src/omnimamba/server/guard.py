@@ -17,7 +17,7 @@ from omnimamba.server.service import Service
 logger = logging.getLogger(__name__)
 
 NO_BODY = ("GET", "HEAD", "OPTIONS")
-"""Methods of requests without a body. All others bring memory or work: so many at once and no more."""
+"""Methods of requests without a body. All others, and those of large files, bring memory or work: so many at once and no more."""
 _UNREAD = {"Connection": "close"}
 """What is left of the body cannot be told from the next request."""
 OTHER = "other"
@@ -27,11 +27,13 @@ OTHER = "other"
 class Guard:
     """ASGI middleware. The application behind it gets the whole body at once and is cancelled when the client is gone.
 
-    paths: those with a route. max_body_bytes: by path, where it is another than the configuration's.
+    paths: those with a route. files: how the paths of large files begin. max_body_bytes: by path, where it is another than the
+    configuration's.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str], max_body_bytes: Mapping[str, int]) -> None:
-        self.app, self.service, self.config, self.paths, self.max_body_bytes = app, service, service.config, paths, max_body_bytes
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str], files: str, max_body_bytes: Mapping[str, int]) -> None:
+        self.app, self.service, self.config = app, service, service.config
+        self.paths, self.files, self.max_body_bytes = paths, files, max_body_bytes
         self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,6 +41,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         path, has_body = scope["path"], scope["method"] not in NO_BODY
+        is_heavy = has_body or path.startswith(self.files)
         named = path if path in self.paths else OTHER
         if scope["method"] == "HEAD":  # the HTTP server leaves out the body of its answer
             scope = {**scope, "method": "GET"}
@@ -55,15 +58,15 @@ class Guard:
         body = _Body(receive, self.config.body_seconds)
         try:
             self._check_key(scope)
-            if has_body and self.num_in_flight >= self.service.max_in_flight:
+            if is_heavy and self.num_in_flight >= self.service.max_in_flight:
                 raise self.service.overloaded()
-            self.num_in_flight += has_body
+            self.num_in_flight += is_heavy
             try:
                 content = await self._content(body, limit, scope) if has_body else b""
                 if not body.is_gone:
                     await self._pass(content, scope, receive, counted)
             finally:
-                self.num_in_flight -= has_body
+                self.num_in_flight -= is_heavy
         except ApiError as error:
             await body.discard(limit)
             await error.response(scope, receive, counted)

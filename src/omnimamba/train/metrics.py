@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from omnimamba.model.files import whole_file
 
 logger = logging.getLogger("omnimamba.train")
 LOG_FILE, PLOT_FILE = "log.jsonl", "losses.png"
-NOT_LOSSES = ("step", "kind", "time", "lr", "tokens_per_s")
+NOT_LOSSES = re.compile(r"step|kind|time|lr|tokens_per_s|(.+_)?grad_norm|usage|codes_used|psnr|.+_accuracy|mmu_exact.*")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ def plot_losses(log: Path, out: Path) -> None:
         logger.warning("no plot of the losses: `pip install omnimamba[train]` adds it")
         return
     lines = read_log(log)
-    names = [name for name in dict.fromkeys(name for line in lines for name in line) if name not in NOT_LOSSES and "exact" not in name]
+    names = [name for name in dict.fromkeys(name for line in lines for name in line) if not NOT_LOSSES.fullmatch(name)]
     if not names:
         return
     figure = Figure(figsize=(4.5 * len(names), 3.2), layout="constrained")
