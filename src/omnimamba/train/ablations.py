@@ -17,6 +17,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from omnimamba.eval.emoji import evaluate
 from omnimamba.model.files import whole_file
 from omnimamba.train.config import read_recipe
 from omnimamba.train.interrupt import Interrupted
+from omnimamba.train.metrics import LOG_FILE, read_log
 from omnimamba.train.run import train
 from omnimamba.train.workers import LOG_FORMAT, Run, run_all, visible_gpus
 
@@ -61,15 +63,30 @@ VARIANTS = {
         "stage 2 with 15 samples of understanding for one of painting", last_overrides=("train.mmu_batch=240", "train.t2i_batch=16")
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    title: str
+    unit: str = "%"
+    scale: float = 100.0
+    """What a value is multiplied with."""
+    digits: int = 1
+
+
+LOSSES = {"mmu": "mmu_loss", "t2i": "t2i_loss"}
+"""What the log and what a report calls the last validation losses."""
 FIGURES = {
-    "caption_exact_match": "name right",
-    "subgroup_accuracy": "subgroup right",
-    "style_accuracy": "style right",
-    "presence_accuracy": "yes/no right",
-    "painted_top1": "painting recognised",
-    "painted_top5": "among first five",
+    "caption_exact_match": Figure("name right"),
+    "subgroup_accuracy": Figure("subgroup right"),
+    "style_accuracy": Figure("style right"),
+    "presence_accuracy": Figure("yes/no right"),
+    "painted_top1": Figure("painting recognised"),
+    "painted_top5": Figure("among first five"),
+    LOSSES["mmu"]: Figure("loss of answers", "nats a token", 1.0, 2),
+    LOSSES["t2i"]: Figure("loss of images", "nats a token", 1.0, 2),
 }
-"""Figures of the emoji benchmark, and their columns in the table; all are shares."""
+"""Figures of the emoji benchmark and losses on its split, and their columns in the table."""
 REPORT, LOG, CHANGES = "report.json", "log.txt", "changes.json"
 CUDA_SLOTS, SLOTS = 256, 16
 """Sequences that the scored model runs at once, on a GPU and elsewhere."""
@@ -120,11 +137,18 @@ def run_variant(
     slots = CUDA_SLOTS if resolve_device(device).type == "cuda" else SLOTS
     scored = OmniMamba.from_pretrained(model, device=device, num_slots=slots)
     logger.info("scoring %s on %s", model, split)
-    report = evaluate(scored, data, split=split, limit=limit, num_prompts=num_prompts, seed=0)
+    report = evaluate(scored, data, split=split, limit=limit, num_prompts=num_prompts, seed=0).to_dict()
+    report["figures"] |= last_losses(model.parent)
     with whole_file(folder / REPORT) as partial:
-        partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     del scored
     free_memory()
+
+
+def last_losses(stage: Path) -> dict[str, dict[str, float]]:
+    """The last validation's, as a report has its figures."""
+    last = [line for line in read_log(stage / LOG_FILE) if line["kind"] == "val"][-1]
+    return {figure: {"value": last[task]} for task, figure in LOSSES.items()}
 
 
 def stage_overrides(variant: Variant, i: int) -> list[str]:
@@ -183,30 +207,38 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Markdown: a row for each variant, mean and standard deviation over seeds in percent."""
+    """Markdown: a row for each variant, mean and standard deviation over seeds."""
     columns = [figure for figure in FIGURES if any(figure in figures for figures in results.values())]
-    lines = [["variant", "what", "seeds", *(FIGURES[figure] for figure in columns)], ["---"] * (3 + len(columns))]
+    titles = [f"{FIGURES[column].title}, {FIGURES[column].unit}" for column in columns]
+    lines = [["variant", "what", "seeds", *titles], ["---"] * (3 + len(columns))]
     for name, figures in results.items():
-        cells = ["{:.1f} ± {:.1f}".format(*(100 * x for x in mean_and_spread(figures[figure]))) for figure in columns]
+        cells = []
+        for figure, values in ((FIGURES[column], figures[column]) for column in columns):
+            cells.append(" ± ".join(f"{figure.scale * x:.{figure.digits}f}" for x in mean_and_spread(values)))
         lines.append([name, VARIANTS[name].what, str(len(figures[columns[0]])), *cells])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def plot(results: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
     """A panel for each figure: the mean of each variant as a bar, its seeds as points."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as MatplotlibFigure
 
     columns = [figure for figure in FIGURES if any(figure in figures for figures in results.values())]
-    picture = Figure(figsize=(3.2 * len(columns), 0.5 * len(results) + 1.2), layout="constrained")
-    panels = picture.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    width = min(4, len(columns))
+    height = math.ceil(len(columns) / width)
+    picture = MatplotlibFigure(figsize=(3.2 * width, (0.5 * len(results) + 1.2) * height), layout="constrained")
+    panels = picture.subplots(height, width, squeeze=False, sharey=True).flatten()
     places = range(len(results))
-    for column, panel in zip(columns, panels, strict=True):
-        rows = [[100 * value for value in figures[column]] for figures in results.values()]
+    for panel in panels[len(columns) :]:
+        panel.set_axis_off()
+    for column, panel in zip(columns, panels, strict=False):
+        figure = FIGURES[column]
+        rows = [[figure.scale * value for value in figures[column]] for figures in results.values()]
         means, spreads = zip(*map(mean_and_spread, rows), strict=True)
         panel.barh(places, means, xerr=spreads, color="lightsteelblue", ecolor="grey", capsize=3)
         for place, row in zip(places, rows, strict=True):
             panel.plot(row, [place] * len(row), "k.", markersize=4)
-        panel.set(title=FIGURES[column], xlabel="%", xlim=(0, None))
+        panel.set(title=figure.title, xlabel=figure.unit, xlim=(0, None))
         panel.set_yticks(list(places), list(results))
     panels[0].invert_yaxis()
     picture.savefig(file, dpi=120)
