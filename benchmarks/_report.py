@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def begin(device: str, **settings: Any) -> dict[str, Any]:
     report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads()}
     if torch.device(device).type == "cuda":
         report = {"device": torch.cuda.get_device_name(device)}
-    report |= {"torch": torch.__version__, "triton": version("triton"), "commit": commit(), "command": " ".join(sys.argv)} | settings
+    report |= {"torch": torch.__version__, "triton": version("triton"), "commit": commit(), "command": shlex.join(sys.argv)} | settings
     print(", ".join(f"{name} {value}" for name, value in report.items()), flush=True)
     return report
 

@@ -22,7 +22,9 @@ SHOWN_LENGTHS = (1024, 16384, 100_000)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+    """Nothing without rows."""
+    rows = list(rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows)) if rows else ""
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -62,7 +64,8 @@ def decode(report: Report) -> str:
             for name, figures in report["requests"].items()
         ),
     )
-    return f"Read bandwidth in the same run: {report['read GB/s']:,.0f} GB/s.\n\n{cases}\n{requests}"
+    tables = "\n".join(part for part in (cases, requests) if part)
+    return f"Read bandwidth in the same run: {report['read GB/s']:,.0f} GB/s.\n\n{tables}"
 
 
 def prefill(report: Report) -> str:

@@ -15,6 +15,7 @@ from omnimamba.model import weights
 from omnimamba.model.convert import convert
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.quantize import parameters, quantize_model
+from omnimamba.ops import quant_cpu
 from omnimamba.ops.quant import QuantizedWeight
 
 SCHEMES = list(Quantization)
@@ -76,6 +77,15 @@ def test_logits_of_both_tasks(folder, scheme, limit):
 def test_generation_does_not_depend_on_the_batch(folder, scheme):
     model = load(folder, scheme).model
     assert generate(model) == generate(model, num_slots=2)
+
+
+@pytest.mark.skipif(not quant_cpu.is_available(), reason="needs oneDNN on x86")
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_requests_leave_matrices_quantised(folder, scheme, monkeypatch):
+    """Neither reading nor writing expands one, which takes longer than the product with it."""
+    model = load(folder, scheme).model
+    monkeypatch.delattr(QuantizedWeight, "dequantize")
+    generate(model)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

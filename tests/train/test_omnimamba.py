@@ -88,6 +88,19 @@ def test_what_trains_and_what_comes_out(recipe, log_lines, encoders, stage, trai
     assert isinstance(omni.describe(Image.new("RGB", (40, 30), "red"), max_new_tokens=4), str)
 
 
+def test_an_average_with_the_model_it_started_from(recipe, change, tmp_path):
+    _, _, start = run(recipe("stage2"))
+    started, found = load_file(start / "model.safetensors"), {}
+    for share in (0.0, 0.25, 1.0):
+        r = change(dataclasses.replace(recipe("stage2"), out=str(tmp_path / str(share))), "init", model=str(start))
+        r = change(r, "train", keep_start=share)
+        found[share] = load_file(run(r)[2] / "model.safetensors")
+    assert not torch.equal(found[0.0]["text_embedding.weight"], started["text_embedding.weight"])
+    for name, tensor in found[0.25].items():
+        torch.testing.assert_close(found[1.0][name], started[name])
+        torch.testing.assert_close(tensor, 0.25 * started[name] + 0.75 * found[0.0][name])
+
+
 def test_bfloat16(recipe, log_lines):
     r = recipe("stage2", precision="bf16", val_every=4, sample_every=4)
     objective, _, _ = run(r)

@@ -63,7 +63,7 @@ def test_an_average_with_the_tower_it_started_from(recipe, change, tmp_path):
     again = change(dataclasses.replace(recipe("tower"), out=str(tmp_path / "again")), "init", model=str(start))
     found = {}
     for share in (0.0, 0.25, 1.0):
-        r = change(dataclasses.replace(again, out=str(tmp_path / str(share))), "tower", keep_start=share)
+        r = change(dataclasses.replace(again, out=str(tmp_path / str(share))), "train", keep_start=share)
         folder = loop.run(make_objective(r, CPU), r, CPU)
         found[share] = load_file(folder / "vision.safetensors") | load_file(folder / "judge.safetensors")
     learned = [name for name, tensor in found[0.0].items() if not torch.equal(tensor, found[1.0][name])]
@@ -78,7 +78,7 @@ def test_statistics_of_an_average_are_those_of_its_own_weights(recipe, change):
     """Not averages of statistics: they come from the training images."""
     first = recipe("tower")
     folder = loop.run(make_objective(first, CPU), first, CPU)
-    objective = make_objective(change(change(first, "init", model=str(folder)), "tower", keep_start=0.5), CPU)
+    objective = make_objective(change(change(first, "init", model=str(folder)), "train", keep_start=0.5), CPU)
     norm = torch.nn.BatchNorm1d(3)
     norm.running_mean.fill_(7.0)
     seen = []

@@ -49,8 +49,9 @@ class TaskLoraLinear(nn.Module):
         passes through memory three times fewer."""
         if not isinstance(task, Task) or not self.lora_A:
             return self(u, task)
-        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize(u.dtype)
-        return add_product(self.lora(u, task), u, weight)
+        if isinstance(self.weight, QuantizedWeight):  # has products of its own
+            return add_product(linear(u, self.weight), F.linear(u, self.lora_A[task]) * self.scaling, self.lora_B[task])
+        return add_product(self.lora(u, task), u, self.weight)
 
     def pair(self, task: Task | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A and B of a task; none for no task, or where there is no LoRA."""

@@ -167,6 +167,9 @@ class Train:
     """Longest question-and-answer text of an understanding sample (449 in the authors' code)."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is sampled, validated and exported; 0 is off."""
+    keep_start: float = 0.0
+    """Share of the weights of init.model in the finished tower or language model, the rest being those learned since: such an average
+    keeps much of what training on gains and of what it loses (Wortsman et al. 2022, arXiv:2109.01903)."""
     seed: int = 0
     tracker: str = ""
     """`wandb` or `trackio`: where the figures go too; empty: log.jsonl and TensorBoard only."""
@@ -185,7 +188,7 @@ class Train:
         at_least("train", self, 1, "log_every", "keep_checkpoints", "max_text_tokens", "accumulate")
         at_least("train", self, 0, "steps", "lr", "mmu_batch", "t2i_batch", "batch", "warmup", "weight_decay", "grad_clip", "seed")
         at_least("train", self, 0, "val_every", "sample_every", "save_every", "loss_chunk")
-        at_least("train", self, 0, "caption_dropout", "image_token_noise", "ema", "min_lr_ratio", "beta1", "beta2", at_most=1)
+        at_least("train", self, 0, "caption_dropout", "image_token_noise", "ema", "keep_start", "min_lr_ratio", "beta1", "beta2", at_most=1)
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision!r}; valid: bf16, fp32")
         if self.tracker and self.tracker not in TRACKERS:
@@ -236,14 +239,11 @@ class TowerTraining:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     """Parameter of the Beta distribution that images are blended by (Zhang et al. 2018, arXiv:1710.09412); 0 is off."""
-    keep_start: float = 0.0
-    """Share of the weights of init.model in the finished tower, the rest being those learned since: such an average keeps much of what
-    training on gains and of what it loses (Wortsman et al. 2022, arXiv:2109.01903)."""
     embedding_dim: int = 192
     text_width: int = 96
 
     def __post_init__(self) -> None:
-        at_least("tower", self, 0, "plain_share", "collage_share", "label_smoothing", "keep_start", at_most=1)
+        at_least("tower", self, 0, "plain_share", "collage_share", "label_smoothing", at_most=1)
         at_least("tower", self, 0, "mixup")
         at_least("tower", self, 1, "embedding_dim")
         if self.text_width < 1 or self.text_width % HEAD_WIDTH:
@@ -335,6 +335,8 @@ class Recipe:
         for name in ("steps", "lr"):
             if getattr(self.train, name) == 0:
                 raise ValueError(f"train.{name} is missing; name it, above 0")
+        if self.train.keep_start and not self.init.model:
+            raise ValueError(f"train.keep_start={self.train.keep_start} keeps weights of a finished model: name init.model")
         if self.kind == "omnimamba":
             self._check_stage()
             return
@@ -346,8 +348,8 @@ class Recipe:
             raise ValueError(f"train.batch={self.train.batch}: a {self.kind} recipe needs a batch of at least 1")
         if self.kind == "tower" and not self.init.tokenizer:
             raise ValueError("a tower recipe reads text: name init.tokenizer")
-        if self.kind == "tower" and self.tower.keep_start and not self.init.model:
-            raise ValueError(f"tower.keep_start={self.tower.keep_start} keeps weights of a finished tower: name init.model")
+        if self.train.keep_start and self.kind != "tower":
+            raise ValueError(f"train.keep_start={self.train.keep_start} is for omnimamba and tower recipes; a {self.kind} keeps nothing")
 
     @functools.cached_property
     def config(self) -> OmniMambaConfig:
@@ -374,6 +376,8 @@ class Recipe:
                 "train.standardise_features is for a projector that has not learned yet: for stage1_mmu, or a stage2 that starts from "
                 f"no model, not for this {train.stage}"
             )
+        if train.standardise_features and train.keep_start:
+            raise ValueError("train.standardise_features changes the projector that train.keep_start is to keep; leave one out")
         if "t2i" in stage.tasks and not self.data.captions:
             raise ValueError(f"{train.stage} paints: name data.captions")
         if "t2i" in stage.tasks and not (self.data.tokens or self.init.vq or self.init.model or self.init.encoders):

@@ -266,18 +266,18 @@ class OmniMambaObjective(Objective):
         finally:
             self.model = shards
 
-    def bundle(self) -> weights.Bundle:
-        """The model with its encoders. A decoder may move the weights it is given, and recorded steps read theirs where they lay: with
-        train.graphs it is a copy."""
+    def bundle(self, model: OmniMambaModel) -> weights.Bundle:
+        """The model with its encoders."""
         init = self.recipe.init
-        model = copy.deepcopy(self.model) if self.recipe.train.graphs else self.model
         judge = Path(init.vision).with_name(weights.JUDGE_FILE) if init.vision else None
         judge_file = judge if judge is not None and judge.is_file() else None
         return weights.Bundle(self.config, model.eval(), self.vision, self.vq, Path(init.tokenizer), judge_file)
 
     def inference(self) -> OmniMamba:
-        """The model as users get it, with the recipe's sampling settings."""
-        return OmniMamba(self.bundle(), defaults=self.defaults)
+        """The model as users get it, with the recipe's sampling settings. A decoder may move the weights it is given, and recorded steps
+        read theirs where they lay: with train.graphs it is a copy."""
+        model = copy.deepcopy(self.model) if self.recipe.train.graphs else self.model
+        return OmniMamba(self.bundle(model), defaults=self.defaults)
 
     @torch.no_grad()
     def sample(self, folder: Path) -> None:
@@ -297,9 +297,19 @@ class OmniMambaObjective(Objective):
 
     def export(self, folder: Path) -> None:
         """A model folder that `OmniMamba.from_pretrained` reads."""
-        self.inference().save_pretrained(folder)
+        model = self.averaged() if self.recipe.train.keep_start else self.model
+        weights.save(self.bundle(model), folder, texts={weights.GENERATION_FILE: self.defaults.to_json()})
         if (task := LORA_STAGES.get(self.recipe.train.stage)) is not None:
-            save_adapter(self.model, task, folder / "adapter", base=self.recipe.init.model)
+            save_adapter(model, task, folder / "adapter", base=self.recipe.init.model)
+
+    @torch.no_grad()
+    def averaged(self) -> OmniMambaModel:
+        """The model with `keep_start` of the weights that training started from."""
+        model, start = copy.deepcopy(self.model), OmniMambaModel(self.config)
+        initialise(start, self.recipe)
+        for parameter, started in zip(model.parameters(), start.parameters(), strict=True):
+            parameter.lerp_(started.to(parameter.device), self.recipe.train.keep_start)
+        return model
 
 
 def sampling_settings(recipe: Recipe, tok: TextTokenizer) -> GenerationDefaults:

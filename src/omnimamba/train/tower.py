@@ -97,7 +97,7 @@ class TowerObjective(Objective):
             start = Judge.load(Path(recipe.init.model))
             self.tower.vision.load_state_dict(start.vision.state_dict())
             heads.load_state_dict(start.heads.state_dict())
-        self.start = copy.deepcopy(self.tower).state_dict() if recipe.tower.keep_start else {}
+        self.start = copy.deepcopy(self.tower).state_dict() if recipe.train.keep_start else {}
         self.tower.to(device).to(memory_format=torch.channels_last)
         self.players: dict[str, nn.Module] = {"tower": self.tower}
         self.sampler = EpochSampler(len(self.train_set.images), recipe.train.batch, recipe.train.seed)
@@ -173,7 +173,7 @@ class TowerObjective(Objective):
     @torch.no_grad()
     def averaged(self) -> ContrastiveTower:
         """A tower with `keep_start` of the weights that training started from."""
-        tower, share = copy.deepcopy(self.tower), self.recipe.tower.keep_start
+        tower, share = copy.deepcopy(self.tower), self.recipe.train.keep_start
         for name, tensor in tower.state_dict().items():
             if tensor.is_floating_point():
                 tensor.lerp_(self.start[name].to(tensor.device), share)
