@@ -49,8 +49,19 @@ class VQTrainOutput(NamedTuple):
     """Share of the codebook that occurs in the batch."""
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+class GroupNorm(nn.GroupNorm):
+    """On a CPU each image by itself: PyTorch deals the pixels of a whole batch to its threads, and an image that two of them share is
+    summed up in another order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        images = [torch.group_norm(image, self.num_groups, self.weight, self.bias, self.eps) for image in input.split(1)]
+        return torch.cat(images) if len(images) > 1 else images[0]
+
+
+def group_norm(channels: int) -> GroupNorm:
+    return GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
 
 
 class ResBlock(nn.Module):

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimamba.ops.plain_path import announce_plain_path, runs_kernel
+from omnimamba.ops.cpu import LANES
+from omnimamba.ops.plain_path import announce_plain_path, runs_compiled, runs_kernel
 
 MAX_WIDTH = 4
-"""Of a convolution that the kernel computes."""
+"""Of a convolution that the kernels compute; the one for CPUs knows no smaller ones."""
 
 
 def causal_conv1d(
@@ -27,6 +28,10 @@ def causal_conv1d(
 
             return kernel.causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
         announce_plain_path(x.device, f"there is no kernel for d_conv={weight.shape[1]}; {MAX_WIDTH} is the largest")
+    elif weight.shape[1] == MAX_WIDTH and x.shape[2] % LANES == 0 and runs_compiled(x, weight, bias, initial_state):
+        from omnimamba.ops.cpu import conv  # Numba takes a moment to load
+
+        return conv.causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
     return plain_causal_conv1d(x, weight, bias, initial_state=initial_state, lengths=lengths)
 
 

@@ -37,6 +37,18 @@ def runs_kernel(x: Tensor) -> bool:
     return reason is None
 
 
+def runs_compiled(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel compiled for CPUs computes this call of an operator: one without gradients."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)))
+        and not torch.compiler.is_compiling()
+        and missing_for_kernels("numba") is None
+    )
+
+
 @functools.cache
 def _announce(device_type: str, reason: str, what: str) -> None:
     logger.warning("%s as plain PyTorch on %s (%s): correct, but slower than fused kernels", what, device_type.upper(), reason)

@@ -1,9 +1,11 @@
 """Reading a prompt: operators without gradients that update in place; activations pass through memory fewer times than in training."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from omnimamba.ops.conv import plain_causal_conv1d
+from omnimamba.ops.conv import causal_conv1d, plain_causal_conv1d
 from omnimamba.ops.norm import length_mask, plain_rms_norm, softplus_dt
 from omnimamba.ops.plain_path import runs_kernel
 
@@ -41,14 +43,24 @@ def scan_inputs(
         from omnimamba.ops.triton import prefill as kernel
 
         return kernel.scan_inputs(xBC, dt, weight=weight, bias=bias, dt_bias=dt_bias, conv_state=conv_state, lengths=lengths)
-    return plain_scan_inputs(xBC, dt, weight=weight, bias=bias, dt_bias=dt_bias, conv_state=conv_state, lengths=lengths)
+    return plain_scan_inputs(
+        xBC, dt, weight=weight, bias=bias, dt_bias=dt_bias, conv_state=conv_state, lengths=lengths, convolve=causal_conv1d
+    )
 
 
 def plain_scan_inputs(
-    xBC: Tensor, dt: Tensor, *, weight: Tensor, bias: Tensor, dt_bias: Tensor, conv_state: Tensor, lengths: Tensor | None = None
+    xBC: Tensor,
+    dt: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor,
+    dt_bias: Tensor,
+    conv_state: Tensor,
+    lengths: Tensor | None = None,
+    convolve: Callable[..., tuple[Tensor, Tensor]] = plain_causal_conv1d,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `scan_inputs`."""
-    y, last = plain_causal_conv1d(xBC, weight, bias, initial_state=conv_state, lengths=lengths)
+    y, last = convolve(xBC, weight, bias, initial_state=conv_state, lengths=lengths)
     conv_state.copy_(last)
     dt = softplus_dt(dt, dt_bias)
     return y, dt if lengths is None else dt * length_mask(lengths, dt.shape[1])[..., None]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimamba.ops.plain_path import announce_plain_path, runs_kernel
+from omnimamba.ops.cpu import LANES
+from omnimamba.ops.plain_path import announce_plain_path, runs_compiled, runs_kernel
 
 CPU_CHUNK = 64
 """Largest chunk on a CPU, where the (q, q) matrices of 256 positions are 4 times as slow as those of 64 (1.3B shape)."""
@@ -34,7 +35,8 @@ def ssd_chunk_scan(
     Returns y [b, l, h, p] in x's dtype and the final state [b, h, p, n] in fp32.
 
     Inside a chunk of q positions the recurrence is a masked (q, q) matrix product; between chunks only states travel. `chunk_size` changes
-    the rounding and nothing else; the kernel takes its chunks from its launch table, and a CPU none above CPU_CHUNK.
+    the rounding and nothing else; the kernel takes its chunks from its launch table, and a CPU none above CPU_CHUNK. Where no gradient is
+    asked for, a CPU goes through the positions one by one.
     """
     if runs_kernel(x):
         if fits_kernel(x.shape[3], B.shape[3]):
@@ -43,6 +45,10 @@ def ssd_chunk_scan(
             return kernel.ssd_chunk_scan(x, dt, A, B, C, D=D, initial_state=initial_state)
         announce_plain_path(x.device, f"there is no kernel for headdim={x.shape[3]}, d_state={B.shape[3]}; 128 and 256 are the largest")
     if x.device.type == "cpu":
+        if x.shape[3] % LANES == B.shape[3] % 2 == 0 and runs_compiled(x, dt, A, B, C, D, initial_state):
+            from omnimamba.ops.cpu import scan  # Numba takes a moment to load
+
+            return scan.ssd_chunk_scan(x, dt, A, B, C, D=D, initial_state=initial_state)
         chunk_size = min(chunk_size, CPU_CHUNK)
     return plain_ssd_chunk_scan(x, dt, A, B, C, D=D, chunk_size=chunk_size, initial_state=initial_state)
 

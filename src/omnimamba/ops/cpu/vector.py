@@ -3,7 +3,8 @@
 A `Vector` is a value of LLVM's type <16 x float>: one register with AVX-512, two with AVX2, four with NEON or SSE. Memory is addressed by
 integers (`Tensor.data_ptr()` and sums of it), as the kernels read several number formats from plain bytes. Nothing is checked here.
 
-Numba keeps compiled kernels on disk until the file of the kernel changes: after a change here, touch decode.py.
+Numba keeps compiled kernels on disk until the file of the kernel changes: after a change here or in sequences.py, touch conv.py, decode.py
+and scan.py.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
