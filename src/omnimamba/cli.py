@@ -984,7 +984,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if is_debug or type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter torch's, not imported for this
             raise
-        print_error(f"out of memory ({str(error).split('. GPU')[0] or 'on the host'}); --dtype bfloat16 or --quantize int8 take less")
+        print_error(f"out of memory ({str(error).split('. GPU')[0] or 'on the host'}); --dtype bfloat16 or --quantize int4 take less")
         return FAILED
 
 

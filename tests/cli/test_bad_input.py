@@ -202,5 +202,5 @@ def test_out_of_memory(cli, folder, monkeypatch, error, said):
     monkeypatch.setattr("omnimamba.engine.omnimamba.OmniMamba.from_pretrained", load)
     result = cli("generate", "a zoo", "--model", folder)
     assert (result.code, result.out) == (1, "")
-    assert "out of memory" in result.err and said in result.err and "--quantize int8" in result.err
+    assert "out of memory" in result.err and said in result.err and "--quantize int4" in result.err
     assert "total capacity" not in result.err

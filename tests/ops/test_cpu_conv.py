@@ -1,7 +1,10 @@
 """The convolution compiled for CPUs against its definition."""
 
+import threading
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("numba")
 
@@ -40,6 +43,33 @@ def test_pieces_are_the_same_to_the_bit():
         first, between = causal_conv1d(x[:, :cut], weight, bias, initial_state=past, lengths=None)
         second, last = causal_conv1d(x[:, cut:], weight, bias, initial_state=between, lengths=None)
         assert torch.equal(torch.cat([first, second], 1), y) and torch.equal(last, state)
+
+
+def test_the_default_device_changes_nothing():
+    x, weight, bias, _ = inputs(2, 5)
+    for lengths in (None, torch.tensor([2, 5])):
+        expected = causal_conv1d(x, weight, bias, initial_state=None, lengths=lengths)
+        with torch.device("meta"):
+            assert all(map(torch.equal, causal_conv1d(x, weight, bias, initial_state=None, lengths=lengths), expected))
+
+
+def test_short_inputs_have_no_threads_of_their_own():
+    num = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        before = threading.active_count()
+        for l in range(1, 12):
+            x, weight, bias, _ = inputs(1, l)
+            causal_conv1d(x, weight, bias, initial_state=None, lengths=None)
+        assert threading.active_count() <= before + 6
+    finally:
+        torch.set_num_threads(num)
+
+
+def test_it_is_not_used_where_numbers_do_not_lie_in_memory():
+    with FakeTensorMode():
+        y, state = conv.causal_conv1d(torch.empty(2, 5, 48), torch.empty(48, 4), torch.empty(48))
+    assert y.shape == (2, 5, 48) and state.shape == (2, 48, 4)
 
 
 def test_it_is_used_where_no_gradient_is_asked_for(monkeypatch):

@@ -77,6 +77,23 @@ def test_other_layouts():
     for name in ("x", "dt", "B", "C", "initial_state"):
         strided = given[name].transpose(0, -1).contiguous().transpose(0, -1)
         assert all(map(torch.equal, ssd_chunk_scan(**(given | {name: strided})), expected))
+    given = inputs(1, 7, h=1, g=1)
+    expected = ssd_chunk_scan(**given)
+    given["dt"] = given["dt"].as_strided((1, 7, 1), (1, 1, 7))  # contiguous, too: the only head is nowhere else
+    assert all(map(torch.equal, ssd_chunk_scan(**given), expected))
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "initial_state"])
+def test_other_types(name):
+    given = inputs(2, 7)
+    assert all(map(torch.equal, ssd_chunk_scan(**(given | {name: given[name].double()})), ssd_chunk_scan(**given)))
+
+
+def test_the_default_device_changes_nothing():
+    given = inputs(2, 7) | {"initial_state": None}
+    expected = ssd_chunk_scan(**given)
+    with torch.device("meta"):
+        assert all(map(torch.equal, ssd_chunk_scan(**given), expected))
 
 
 def test_it_is_used_where_no_gradient_is_asked_for(monkeypatch):

@@ -100,9 +100,14 @@ def read_safetensors(folder: Path, stem: str) -> Mapping[str, Tensor] | None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself makes its files private."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # to ask for the umask is to change it, for all threads
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+    try:
+        save_file(tensors, path, metadata=dict(metadata or {}))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     path.chmod(mode)
 
 
@@ -160,7 +165,7 @@ def whole_folder(folder: Path, patterns: Sequence[str], *, last: str) -> Iterato
             return
         (folder / last).unlink(missing_ok=True)
         for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-            path.unlink()
+            path.unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
 

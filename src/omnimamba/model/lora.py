@@ -45,11 +45,11 @@ class TaskLoraLinear(nn.Module):
 
     @torch.no_grad()
     def read(self, u: Tensor, task: Tasks) -> Tensor:
-        """`forward` without gradients. The large product is added to what LoRA gives, not the other way round: the output [b, l, n] then
-        passes through memory three times fewer."""
+        """`forward` without gradients. The large product of a float matrix is added to what LoRA gives, not the other way round: the output
+        [b, l, n] then passes through memory three times fewer. A quantised one has products of its own, to which LoRA is added."""
         if not isinstance(task, Task) or not self.lora_A:
             return self(u, task)
-        if isinstance(self.weight, QuantizedWeight):  # has products of its own
+        if isinstance(self.weight, QuantizedWeight):
             return add_product(linear(u, self.weight), F.linear(u, self.lora_A[task]) * self.scaling, self.lora_B[task])
         return add_product(self.lora(u, task), u, self.weight)
 

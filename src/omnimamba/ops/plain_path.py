@@ -40,11 +40,13 @@ def runs_kernel(x: Tensor) -> bool:
 def runs_compiled(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel compiled for CPUs computes this call of an operator: one without gradients."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and type(x) is Tensor  # others, as those of FakeTensorMode, need not lie in memory
+        and x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)))
-        and not torch.compiler.is_compiling()
         and missing_for_kernels("numba") is None
     )
 

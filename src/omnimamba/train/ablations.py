@@ -125,6 +125,8 @@ def run_variant(
             *overrides,
         ]
         planned = read_recipe(file, changes)
+        if not planned.train.val_every:
+            raise ValueError("train.val_every=0, but the last validation's losses are among the figures; leave it out")
         changes += [f"train.{key}={max(1, round(getattr(planned.train, key) * steps))}" for key in ("steps", "warmup")]
         with locked(stage.with_name(f"{recipe}.lock")):
             model = stage / "model"
@@ -197,8 +199,13 @@ def collect(out: Path) -> dict[str, dict[str, list[float]]]:
     for name in VARIANTS:
         reports = [json.loads(path.read_text(encoding="utf-8"))["figures"] for path in sorted((out / name).glob(f"seed-*/{REPORT}"))]
         if reports:
-            results[name] = {figure: [report[figure]["value"] for report in reports] for figure in FIGURES if figure in reports[0]}
+            shared = [figure for figure in FIGURES if all(figure in report for report in reports)]
+            results[name] = {figure: [report[figure]["value"] for report in reports] for figure in shared}
     return results
+
+
+def figures_of_all(results: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    return [figure for figure in FIGURES if results and all(figure in figures for figures in results.values())]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -208,7 +215,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Markdown: a row for each variant, mean and standard deviation over seeds."""
-    columns = [figure for figure in FIGURES if any(figure in figures for figures in results.values())]
+    columns = figures_of_all(results)
     titles = [f"{FIGURES[column].title}, {FIGURES[column].unit}" for column in columns]
     lines = [["variant", "what", "seeds", *titles], ["---"] * (3 + len(columns))]
     for name, figures in results.items():
@@ -223,7 +230,7 @@ def plot(results: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> No
     """A panel for each figure: the mean of each variant as a bar, its seeds as points."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    columns = [figure for figure in FIGURES if any(figure in figures for figures in results.values())]
+    columns = figures_of_all(results)
     width = min(4, len(columns))
     height = math.ceil(len(columns) / width)
     picture = MatplotlibFigure(figsize=(3.2 * width, (0.5 * len(results) + 1.2) * height), layout="constrained")

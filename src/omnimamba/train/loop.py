@@ -97,11 +97,12 @@ PLACEMENT = ("accumulate", "recompute", "loss_chunk", "graphs", "parallel")
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """Short hash of what fixes the course of a run; the number of steps, reports, loading, devices and the run folder do not count."""
+    """Short hash of what fixes the course of a run; the number of steps, reports, loading, devices, the run folder and what is made of the
+    weights at the end do not count."""
     values = dataclasses.asdict(recipe)
     for key in ("out", "samples"):
         values.pop(key)
-    for key in (*REPORTING, *PLACEMENT):
+    for key in (*REPORTING, *PLACEMENT, "keep_start"):
         values["train"].pop(key)
     for key in ("in_memory", "num_threads", "val_split", "max_broken"):
         values["data"].pop(key)

@@ -64,11 +64,11 @@ def causal_conv1d(
     b, l, c = x.shape
     past = x.new_zeros(b, WIDTH, c) if initial_state is None else initial_state.transpose(1, 2).to(x.dtype).contiguous()
     x = x if x.stride(-1) == 1 else x.contiguous()
-    weight, bias, y = weight.float().T.contiguous(), bias.float().contiguous(), torch.empty(b, l, c, dtype=x.dtype)
+    weight, bias, y = weight.float().T.contiguous(), bias.float().contiguous(), x.new_empty(b, l, c)
     conv = Convolution(*map(Strided.of, (past, x, y)), weight.data_ptr(), bias.data_ptr(), l, c, x.dtype is torch.bfloat16)
     in_parts(lambda _, first, last: convolve(conv, first, last), b * l)
-    ends = torch.full((b,), l) if lengths is None else lengths
-    last = ends[:, None] + torch.arange(-WIDTH, 0)  # of x; what is before the first comes from the past
-    rows = torch.arange(b)[:, None]
+    ends = torch.full((b,), l, device=x.device) if lengths is None else lengths
+    last = ends[:, None] + torch.arange(-WIDTH, 0, device=x.device)  # of x; what is before the first comes from the past
+    rows = torch.arange(b, device=x.device)[:, None]
     state = torch.where((last < 0)[:, :, None], past[rows, last.clamp(max=-1) + WIDTH], x[rows, last.clamp(min=0)])
     return y, state.transpose(1, 2)

@@ -119,12 +119,12 @@ def ssd_chunk_scan(
     """As `ops.ssd.ssd_chunk_scan`. x is fp32 or bf16, p a multiple of LANES, n even."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    y, D, dt = torch.empty(b, l, h * p, dtype=x.dtype), D.float().contiguous(), dt.float().contiguous()
-    state = torch.zeros(b, h, p, n) if initial_state is None else initial_state.float().clone(memory_format=torch.contiguous_format)
-    B, C, decay = B.flatten(2).float().contiguous(), C.flatten(2).float().contiguous(), torch.exp(dt * A)
+    y, D, dt = x.new_empty(b, l, h * p), D.float().contiguous(), dt.float().contiguous()
+    state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.float().clone(memory_format=torch.contiguous_format)
+    B, C, decay = B.flatten(2).float().contiguous(), C.flatten(2).float().contiguous(), torch.exp(dt * A.float())
     x = x.flatten(2) if x.stride()[2:] == (p, 1) else x.reshape(b, l, h * p).contiguous()
     tensors = (x, y, dt, decay, B, C)
     scan = Scan(*map(Strided.of, tensors), D.data_ptr(), state.data_ptr(), l, h, h // g, p, n, x.dtype is torch.bfloat16)
-    scratch = torch.empty(torch.get_num_threads(), n, LANES)
+    scratch = dt.new_empty(torch.get_num_threads(), n, LANES)
     in_parts(lambda thread, first, last: scan_channels(scan, first, last, scratch[thread].data_ptr()), b * h * p // LANES)
     return y.unflatten(-1, (h, p)), state

@@ -30,7 +30,7 @@ class Strided(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Strided:
-        assert tensor.stride(-1) == 1
+        assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         return cls(tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:2]))
 
 
@@ -54,15 +54,16 @@ def store(address, vector, is_bf16):
 
 def in_parts(work: Callable[[int, int, int], None], num: int) -> None:
     """Calls work(thread, first, last) for ranges that together are range(num), each in a thread."""
-    num_threads = max(1, min(torch.get_num_threads(), num))
+    num_threads = torch.get_num_threads()
+    num_parts = max(1, min(num_threads, num))
 
     def part(thread: int) -> None:
-        work(thread, num * thread // num_threads, num * (thread + 1) // num_threads)
+        work(thread, num * thread // num_parts, num * (thread + 1) // num_parts)
 
     others: list[Future[None]] = []
-    if num_threads > 1:
-        others += [_threads(num_threads - 1).submit(part, thread) for thread in range(1, num_threads)]
     try:
+        for thread in range(1, num_parts):
+            others.append(_threads(num_threads - 1).submit(part, thread))
         part(0)
     finally:
         for other in others:
