@@ -45,13 +45,16 @@ class TaskLoraLinear(nn.Module):
 
     @torch.no_grad()
     def read(self, u: Tensor, task: Tasks) -> Tensor:
-        """`forward` without gradients. The large product of a float matrix is added to what LoRA gives, not the other way round: the output
-        [b, l, n] then passes through memory three times fewer. A quantised one has products of its own, to which LoRA is added."""
+        """`forward` without gradients. The large product is added to what LoRA gives, not the other way round: the output [b, l, n] then
+        passes through memory three times fewer. But on a CPU a quantised matrix has a product of its own, to which LoRA is added."""
         if not isinstance(task, Task) or not self.lora_A:
             return self(u, task)
-        if isinstance(self.weight, QuantizedWeight):
-            return add_product(linear(u, self.weight), F.linear(u, self.lora_A[task]) * self.scaling, self.lora_B[task])
-        return add_product(self.lora(u, task), u, self.weight)
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight):
+            if u.device.type == "cpu":
+                return add_product(linear(u, weight), F.linear(u, self.lora_A[task]) * self.scaling, self.lora_B[task])
+            weight = weight.dequantize(u.dtype)
+        return add_product(self.lora(u, task), u, weight)
 
     def pair(self, task: Task | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A and B of a task; none for no task, or where there is no LoRA."""
