@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.extending import register_jitable
 
 from omnimamba.ops.cpu import LANES
 from omnimamba.ops.cpu.vector import (
@@ -495,13 +496,13 @@ def score(heads, shape, rows, thread):
     multiply(text, Factor(rows.num - num_t2i, values, stride, 0, 0, 0, 0), rows.text_logits, False, thread)
 
 
-@jit
+@register_jitable  # not compiled where Python calls it
 def width_of(shape):
     """Outputs of in_proj."""
     return 2 * shape.d_inner + 2 * shape.ngroups * shape.d_state + shape.nheads
 
 
-@jit
+@register_jitable  # not compiled where Python calls it
 def stride_of(shape):
     """Numbers between the rows of a factor, with room for what `round_columns` adds."""
     k = max(shape.d_model, shape.d_inner)
@@ -520,7 +521,7 @@ def prepared(shape, num, k, thread):
     return values
 
 
-@jit
+@register_jitable  # not compiled where Python calls it
 def scratch_size(shape, num):
     """fp32 numbers that a thread needs for itself: a factor in two forms and its LoRA part, or B, C and the inputs of a head."""
     return max(num * (2 * stride_of(shape) + shape.rank), 2 * shape.ngroups * shape.d_state + shape.headdim)
