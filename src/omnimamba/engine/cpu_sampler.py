@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from omnimamba.engine.sampler import MIX_GAMMA, MIX_ROUNDS, SamplingRows
-from omnimamba.ops.cpu.vector import bits_of, compiled
+from omnimamba.ops.cpu.vector import bits_of, compiled, jit
 
 GAMMA = np.uint64(MIX_GAMMA)
 SHIFT_0, SHIFT_1, SHIFT_2 = (np.uint64(shift) for shift, _ in MIX_ROUNDS)
 FACTOR_0, FACTOR_1, FACTOR_2 = (np.uint64(factor) for _, factor in MIX_ROUNDS)
 float32, uint64 = numba.float32, numba.uint64
-jit = numba.njit(nogil=True, error_model="numpy")
 
 
 @jit

@@ -26,6 +26,7 @@ from omnimamba.engine.sampler import SamplingRows, guide, sample, stream_key
 from omnimamba.engine.scheduler import QueueFull, Scheduler
 from omnimamba.engine.state_cache import StateCache
 from omnimamba.model.omnimamba import OmniMambaModel
+from omnimamba.ops.plain_path import launching_on
 
 if TYPE_CHECKING:
     from omnimamba.engine.decoder import FusedDecoder
@@ -97,7 +98,7 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         self.config = model.config
         self.device = model.device
-        with self._current_device():
+        with launching_on(self.device):
             self.runner = Runner(model, num_slots, ssm_dtype=ssm_dtype, stop_ids=tuple(self.stop_ids), suppressed_ids=suppressed_ids)
         self.suppressed_ids = torch.tensor(suppressed_ids, dtype=torch.int64, device=self.device)
         self.max_prefill_tokens = max_prefill_tokens
@@ -125,7 +126,7 @@ class Engine:
     def step(self) -> list[Event]:
         """The events of one step; none if there is nothing to do. RuntimeError if the device itself is lost."""
         events: list[tuple[_Job, Event]] = []
-        with self._current_device():
+        with launching_on(self.device):
             self._close_gaps()
             self._decode(events)
             self._admit(events)
@@ -367,10 +368,6 @@ class Engine:
         events.append((job, Event(job.request_id, sequence.sample_idx, token, reason, state, job.num_cached)))
 
     # ---- bookkeeping
-
-    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, the model's GPU is the thread's current one, where Triton launches and graphs are captured, wherever the tensors lie."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _keep_prefix(self, job: _Job, ids: tuple[int, ...], slot: int) -> None:
         """Puts a snapshot of `slot`, which has read the job's image and `ids`, into the cache."""

@@ -1,9 +1,11 @@
 """Which way an operator runs, its fused kernel or its plain PyTorch definition, and one announcement where the plain way surprises."""
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,11 @@ def runs_kernel(x: Tensor) -> bool:
     if reason:
         announce_plain_path(x.device, reason)
     return reason is None
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within, a GPU is the thread's current one, where Triton launches and graphs are captured, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def runs_compiled(x: Tensor, *others: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -199,13 +199,12 @@ def collect(out: Path) -> dict[str, dict[str, list[float]]]:
     for name in VARIANTS:
         reports = [json.loads(path.read_text(encoding="utf-8"))["figures"] for path in sorted((out / name).glob(f"seed-*/{REPORT}"))]
         if reports:
-            shared = [figure for figure in FIGURES if all(figure in report for report in reports)]
-            results[name] = {figure: [report[figure]["value"] for report in reports] for figure in shared}
+            results[name] = {figure: [report[figure]["value"] for report in reports] for figure in figures_of_all(reports)}
     return results
 
 
-def figures_of_all(results: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-    return [figure for figure in FIGURES if results and all(figure in figures for figures in results.values())]
+def figures_of_all(several: Collection[Mapping[str, Any]]) -> list[str]:
+    return [figure for figure in FIGURES if several and all(figure in figures for figures in several)]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -215,7 +214,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Markdown: a row for each variant, mean and standard deviation over seeds."""
-    columns = figures_of_all(results)
+    columns = figures_of_all(results.values())
     titles = [f"{FIGURES[column].title}, {FIGURES[column].unit}" for column in columns]
     lines = [["variant", "what", "seeds", *titles], ["---"] * (3 + len(columns))]
     for name, figures in results.items():
@@ -230,7 +229,7 @@ def plot(results: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> No
     """A panel for each figure: the mean of each variant as a bar, its seeds as points."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    columns = figures_of_all(results)
+    columns = figures_of_all(results.values())
     width = min(4, len(columns))
     height = math.ceil(len(columns) / width)
     picture = MatplotlibFigure(figsize=(3.2 * width, (0.5 * len(results) + 1.2) * height), layout="constrained")

@@ -23,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from omnimamba.ops.plain_path import launching_on
+
 Item = TypeVar("Item")
 
 WAIT = datetime.timedelta(hours=2)
@@ -78,7 +80,7 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     """The processes that torchrun has started with this one, and this one's device; outside torchrun this one alone on `device`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton launches on the current one
+        with launching_on(device):
             yield ALONE, device
         return
     backend = "gloo"

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import torch
 from torch import Tensor
 
 from omnimamba.ops.cpu import LANES
 from omnimamba.ops.cpu.sequences import Strided, in_parts, load, row_at, store
-from omnimamba.ops.cpu.vector import compiled, exp, fma, full, load_f32
+from omnimamba.ops.cpu.vector import FLOAT, compiled, fma, load_f32, silu
 
-FLOAT = 4
-"""Bytes of an fp32 number."""
 WIDTH = 4
 """Taps."""
-float32 = numba.float32
 
 
 class Convolution(NamedTuple):
@@ -41,7 +37,6 @@ class Convolution(NamedTuple):
 def convolve(conv, first, last):
     """Positions first to last - 1, counted through all sequences."""
     size, c = 2 if conv.is_bf16 else FLOAT, conv.num_channels
-    one, minus = full(float32(1)), full(float32(-1))
     for i in range(first, last):
         b, t = i // conv.length, i % conv.length
         x0 = row_at(conv.x, b, t - 3) if t >= 3 else row_at(conv.past, b, t + 1)
@@ -54,7 +49,7 @@ def convolve(conv, first, last):
             v = fma(load(x1 + at, conv.is_bf16), load_f32(w + FLOAT * c), v)
             v = fma(load(x2 + at, conv.is_bf16), load_f32(w + FLOAT * 2 * c), v)
             v = fma(load(x3 + at, conv.is_bf16), load_f32(w + FLOAT * 3 * c), v)
-            store(y + at, v / (one + exp(v * minus)), conv.is_bf16)
+            store(y + at, silu(v), conv.is_bf16)
 
 
 def causal_conv1d(

@@ -22,12 +22,13 @@ from numba.extending import register_jitable
 
 from omnimamba.ops.cpu import LANES
 from omnimamba.ops.cpu.vector import (
+    FLOAT,
     compiled,
-    exp,
     fma,
     full,
     get_bf16,
     get_f32,
+    jit,
     load_bf16,
     load_f32,
     load_fp8,
@@ -38,6 +39,7 @@ from omnimamba.ops.cpu.vector import (
     set_f32,
     set_i16,
     set_i32,
+    silu,
     store_bf16,
     store_f32,
     total,
@@ -53,10 +55,7 @@ AHEAD = 4096
 """Bytes between what is read and what is asked of memory."""
 LINE = 64
 """Bytes of a cache line."""
-FLOAT = 4
-"""Bytes of an fp32 number."""
 float32, int16, int32 = numba.float32, numba.int16, numba.int32
-jit = numba.njit(nogil=True, error_model="numpy")
 
 
 class Shape(NamedTuple):
@@ -355,11 +354,6 @@ def normalise(x, weight, k, eps, y):
     scale = full(float32(1 / math.sqrt(total(squares) / float32(k) + float32(eps))))
     for i in range(0, k, LANES):
         store_f32(y + FLOAT * i, load_f32(x + FLOAT * i) * scale * load_f32(weight + FLOAT * i))
-
-
-@jit
-def silu(x):
-    return x / (full(float32(1)) + exp(x * full(float32(-1))))
 
 
 @jit

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from omnimamba.ops.cpu import LANES
-from omnimamba.ops.cpu.sequences import Strided, in_parts, jit, load, row_at, store
-from omnimamba.ops.cpu.vector import compiled, fma, full, get_f32, load_f32, set_f32, store_f32
+from omnimamba.ops.cpu.sequences import Strided, in_parts, load, row_at, store
+from omnimamba.ops.cpu.vector import FLOAT, compiled, fma, full, get_f32, jit, load_f32, set_f32, store_f32
 
-FLOAT = 4
-"""Bytes of an fp32 number."""
 LINE = FLOAT * LANES
 float32 = numba.float32
 
@@ -49,11 +47,6 @@ class Scan(NamedTuple):
     headdim: int
     d_state: int
     is_bf16: bool
-
-
-@jit
-def number_at(tensor, b, t, i):
-    return full(get_f32(row_at(tensor, b, t) + FLOAT * i))
 
 
 @jit
@@ -85,13 +78,13 @@ def scan_channels(scan, first, last, state):
         swap(kept, state, n, True)
         for t in range(0, scan.length, 2):  # two positions: the state passes through the cache once for both
             x0, x1 = load(row_at(scan.x, b, t) + offset, scan.is_bf16), full(float32(0))
-            dx0, dx1 = x0 * number_at(scan.dt, b, t, h), x1
-            decay0, decay1 = number_at(scan.decay, b, t, h), full(float32(1))
+            dx0, dx1 = x0 * broadcast(row_at(scan.dt, b, t), h), x1
+            decay0, decay1 = broadcast(row_at(scan.decay, b, t), h), full(float32(1))
             B0, C0 = row_at(scan.B, b, t) + group, row_at(scan.C, b, t) + group
             B1, C1, is_pair = B0, C0, t + 1 < scan.length
             if is_pair:  # else the second changes nothing
                 x1 = load(row_at(scan.x, b, t + 1) + offset, scan.is_bf16)
-                dx1, decay1 = x1 * number_at(scan.dt, b, t + 1, h), number_at(scan.decay, b, t + 1, h)
+                dx1, decay1 = x1 * broadcast(row_at(scan.dt, b, t + 1), h), broadcast(row_at(scan.decay, b, t + 1), h)
                 B1, C1 = row_at(scan.B, b, t + 1) + group, row_at(scan.C, b, t + 1) + group
             y0, y1 = D * x0, D * x1
             even0, even1 = full(float32(0)), full(float32(0))  # sums of their own: one chain of additions would take longer

@@ -11,13 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import numba
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cpu.vector import load_bf16, load_f32, store_bf16, store_f32
-
-jit = numba.njit(nogil=True, error_model="numpy")
+from omnimamba.ops.cpu.vector import jit, load_bf16, load_f32, store_bf16, store_f32
 
 
 class Strided(NamedTuple):

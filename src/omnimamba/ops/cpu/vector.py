@@ -34,6 +34,11 @@ EXP_TERMS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 """exp(r) for |r| <= ln(2) / 2 by its Taylor series to the sixth power: 1e-7 relative."""
 
 
+FLOAT = 4
+"""Bytes of an fp32 number."""
+jit = numba.njit(nogil=True, error_model="numpy")
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """A kernel that Numba compiles on its first call and keeps on disk, where it finds a folder that it may write to."""
     options = {"nogil": True, "error_model": "numpy"}
@@ -232,6 +237,11 @@ def _defines(python_operator: Any, method: str) -> None:
 
 for _operator, _method in ((operator.add, "fadd"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
     _defines(_operator, _method)
+
+
+@jit
+def silu(x):
+    return x / (full(numba.float32(1)) + exp(x * full(numba.float32(-1))))
 
 
 # ---- single numbers, memory ahead, and other threads

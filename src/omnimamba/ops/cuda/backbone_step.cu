@@ -264,8 +264,9 @@ struct Vector;
 template <int K>
 struct Digits;
 
-struct Bf16 {
-    static constexpr int size = 2;
+// Those that are widened to fp32: `widen` takes VECTOR numbers.
+template <class Weights>
+struct Widened {
     static constexpr bool is_fixed_point = false;
     template <int K>
     using Operand = Vector<K>;
@@ -274,16 +275,34 @@ struct Bf16 {
     static __device__ __forceinline__ Array<float, NUM> load(const char* row) {
         Array<float, NUM> w;
 #pragma unroll
-        for (int j = 0; j < NUM; j += VECTOR) {
-            const uint4 pairs = *(const uint4*)(row + j / VECTOR * CHUNK * size);
-            const u32 bits[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 two = unpack_bf16(bits[i]);
-                w.values[j + 2 * i] = two.x, w.values[j + 2 * i + 1] = two.y;
-            }
-        }
+        for (int j = 0; j < NUM; j += VECTOR) Weights::widen(row + j / VECTOR * CHUNK * Weights::size, &w.values[j]);
         return w;
+    }
+};
+
+struct Bf16 : Widened<Bf16> {
+    static constexpr int size = 2;
+
+    static __device__ __forceinline__ void widen(const char* from, float* numbers) {
+        const uint4 pairs = *(const uint4*)from;
+        const u32 bits[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 two = unpack_bf16(bits[i]);
+            numbers[2 * i] = two.x, numbers[2 * i + 1] = two.y;
+        }
+    }
+};
+
+struct Fp8 : Widened<Fp8> {
+    static constexpr int size = 1;
+
+    static __device__ __forceinline__ void widen(const char* from, float* numbers) {
+        const uint2 bytes = *(const uint2*)from;
+        widen_fp8((u16)bytes.x, numbers);
+        widen_fp8((u16)(bytes.x >> 16), numbers + 2);
+        widen_fp8((u16)bytes.y, numbers + 4);
+        widen_fp8((u16)(bytes.y >> 16), numbers + 6);
     }
 };
 
@@ -300,27 +319,6 @@ struct Int8 {
         for (int j = 0; j < NUM; j += VECTOR) {
             const uint2 bytes = *(const uint2*)(row + j / VECTOR * CHUNK * size);
             w.values[j / 4] = bytes.x, w.values[j / 4 + 1] = bytes.y;
-        }
-        return w;
-    }
-};
-
-struct Fp8 {
-    static constexpr int size = 1;
-    static constexpr bool is_fixed_point = false;
-    template <int K>
-    using Operand = Vector<K>;
-
-    template <int NUM>
-    static __device__ __forceinline__ Array<float, NUM> load(const char* row) {
-        Array<float, NUM> w;
-#pragma unroll
-        for (int j = 0; j < NUM; j += VECTOR) {
-            const uint2 bytes = *(const uint2*)(row + j / VECTOR * CHUNK * size);
-            widen_fp8((u16)bytes.x, &w.values[j]);
-            widen_fp8((u16)(bytes.x >> 16), &w.values[j + 2]);
-            widen_fp8((u16)bytes.y, &w.values[j + 4]);
-            widen_fp8((u16)(bytes.y >> 16), &w.values[j + 6]);
         }
         return w;
     }
