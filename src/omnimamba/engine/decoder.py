@@ -8,7 +8,8 @@ of one graph, and the tokens are read once at its end. Graphs are captured on fi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from omnimamba.engine.sampler import SamplingRows, guide, sample, signed
 from omnimamba.model.mamba2 import Mamba2Block
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
+from omnimamba.ops.cuda import mix_rows
 from omnimamba.ops.cuda.backbone_step import BackboneStep, Buffers, Shape, device_shape
 from omnimamba.ops.quant import QuantizedWeight
 from omnimamba.ops.triton import decode as kernels
@@ -40,6 +42,8 @@ class DecodeOptions:
     """All layers and the heads in one launch (`ops/cuda/backbone_step.py`); None: where it can."""
     max_vector_rows: int = 2
     """Up to so many rows, a layer is three launches that multiply matrix and vectors; above, projections are matrix products of cuBLAS."""
+    min_streamed_rows: int = 8
+    """From so many rows on, states are updated on their way through shared memory (`ops/cuda/mix_rows.py`), where that can be."""
     max_split_rows: int = 64
     """Up to so many rows, out_proj is a product of our own, in parts that the next norm adds up."""
     max_steps: int = 16
@@ -262,10 +266,11 @@ class FusedDecoder:
             mixed = self._buffer("mixed parts", num_parts * b, config.d_model, torch.float32).view(num_parts, b, -1)
         else:
             mixed = self._buffer("mixed", b, config.d_model, self._dtype)
+        mix = self._mix(b)
         for i, layer in enumerate(self.layers):
             kernels.norm(residual, layer.norm, u, eps=self.eps, addend=mixed if i else None, pdl=self.pdl)
             multiply_with_lora(u, layer, projected)
-            kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
+            mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
             kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=Shift(layer.conv, rows.slots, newest), pdl=self.pdl)
             if num_parts:
                 kernels.multiply_parts(gated, layer.out_proj.values, mixed, pdl=self.pdl)
@@ -277,6 +282,11 @@ class FusedDecoder:
             logits[task] = self._buffer(f"matrix {task} logits", b, self.heads[task].values.shape[0], self._dtype)
             multiply(u, self.heads[task], logits[task])
         return logits
+
+    def _mix(self, b: int) -> Callable[..., None]:
+        """What computes the middle of a layer for b rows."""
+        streamed = mix_rows.device_shape(self.layers[0], b, self.device) if b >= self.options.min_streamed_rows else None
+        return kernels.mix if streamed is None else functools.partial(mix_rows.mix_rows, streamed)
 
     @torch.no_grad()
     def _filter(self, bucket: _Bucket, logits: dict[Task, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 #include "emulation.h"
 
+#include "mixer.cuh"
 #include "backbone_step.cu"
 
 extern "C" int emulate(const Arguments* arguments, int grid, unsigned seed) {

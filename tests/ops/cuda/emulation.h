@@ -58,13 +58,16 @@ struct Fiber {
     int block, thread;
     bool is_done = false;
     std::function<bool()> is_ready;
+    std::vector<int> groups{0};  // of stores: how many of each are under way
 };
 
 struct Copy {
     char* to;
     const char* from;
     u32 bytes;
-    u64* barrier;
+    u64* barrier;  // null: a store
+    Fiber* sender = nullptr;
+    size_t group = 0;
 };
 
 struct Barrier {  // in the eight bytes of an mbarrier
@@ -146,6 +149,29 @@ inline void bulk_copy(char* to, const char* from, u32 bytes, u64* barrier) {
     emulation::copies.push_back({to, from, bytes, barrier});
 }
 
+inline void bulk_store(char* to, const char* from, u32 bytes) {
+    std::vector<int>& groups = emulation::self->groups;
+    groups.back()++;
+    emulation::copies.push_back({to, from, bytes, nullptr, emulation::self, groups.size() - 1});
+}
+
+inline void bulk_commit() { emulation::self->groups.push_back(0); }
+
+template <int num>
+void bulk_wait_read() {
+    const std::vector<int>& groups = emulation::self->groups;
+    const size_t oldest = groups.size() - 1;  // the last one has not been committed
+    for (size_t i = 0; i + num < oldest; i++) emulation::wait_until([&groups, i] { return groups[i] == 0; });
+}
+
+inline void bulk_wait_all() { bulk_wait_read<0>(); }
+
+inline void visible_to_copies() {}
+
+inline void start_next_kernel() {}
+
+inline void wait_for_earlier_kernels() {}
+
 template <int threads>
 void named_sync() {
     emulation::meet(emulation::blocks[blockIdx.x].named, threads);
@@ -155,13 +181,23 @@ inline bool last_of_grid(u32* counter) { return (int)(*counter)++ == gridDim.x -
 
 inline int warp_index() { return threadIdx.x / 32; }
 
-inline float shuffle_xor(float value, int mask) {
+inline float lane_value(float value, int lane) {
     emulation::Warp& warp = this_warp();
     float* values = warp.values[warp.meeting.generation % 2];
     values[threadIdx.x % 32] = value;
     __syncwarp();
-    return values[threadIdx.x % 32 ^ mask];
+    return values[lane];
 }
+
+inline float shuffle_xor(float value, int mask) { return lane_value(value, threadIdx.x % 32 ^ mask); }
+
+inline u32 ballot(bool is_so) {
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; lane++) bits |= (u32)(lane_value(is_so, lane) != 0) << lane;
+    return bits;
+}
+
+inline int __popc(u32 bits) { return __builtin_popcount(bits); }
 
 inline float largest_of_lanes(float value) {
     for (int mask = 16; mask; mask /= 2) value = max(value, shuffle_xor(value, mask));
@@ -280,8 +316,12 @@ inline bool launch(int grid, int threads, size_t shared, unsigned seed, std::fun
             const Copy copy = copies.back();
             copies.pop_back();
             std::memcpy(copy.to, copy.from, copy.bytes);
-            barrier(copy.barrier).bytes -= (int)copy.bytes;
-            settle(barrier(copy.barrier));
+            if (copy.barrier) {
+                barrier(copy.barrier).bytes -= (int)copy.bytes;
+                settle(barrier(copy.barrier));
+            } else {
+                copy.sender->groups[copy.group]--;
+            }
         }
         if (!is_alive) return false;
     }

@@ -4,10 +4,7 @@ import ctypes
 import dataclasses
 import itertools
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from omnimamba.ops.cuda import backbone_step, compile
 from omnimamba.ops.cuda.backbone_step import BackboneStep, Buffers, Shape, arguments_of
 from omnimamba.ops.quant import QuantizedWeight
 
-HERE = Path(__file__).parent
 RandomModel = Callable[[OmniMambaConfig], OmniMambaModel]
 NUM_SLOTS, NUM_BLOCKS, SHARED_BYTES = 4, 11, 227 * 1024
 T2I, MMU = Task.T2I, Task.MMU
@@ -76,26 +72,6 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance, error  # not so for NaN
 
 
-@pytest.fixture(scope="module")
-def emulate(tmp_path_factory):
-    """The kernel's source as a function on the CPU, compiled for a shape."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    folder, libraries = tmp_path_factory.mktemp("emulation"), {}
-
-    def library(shape: Shape) -> ctypes.CDLL:
-        if shape not in libraries:
-            file = folder / f"{len(libraries)}.so"
-            defines = [f"-D{name}={value}" for name, value in shape.defines().items()]
-            command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{compile.FOLDER}", *defines]
-            subprocess.run([*command, HERE / "backbone_step.cpp", "-o", file], check=True)
-            libraries[shape] = ctypes.CDLL(str(file))
-        return libraries[shape]
-
-    return library
-
-
 CASES = {
     "bf16": ({"d_model": 512}, None, torch.float32),
     "half states": ({"d_model": 512, "d_state": 128, "rank": 2}, None, torch.bfloat16),
@@ -139,7 +115,7 @@ def assert_step(
 
 
 @pytest.mark.parametrize(("case", "name", "seed"), [(c, n, s) for s, (c, n) in enumerate(itertools.product(CASES, ROWS))])
-def test_the_emulated_kernel_equals_the_plain_step(emulate, random_model, case, name, seed):
+def test_the_emulated_kernel_equals_the_plain_step(emulated, random_model, case, name, seed):
     """seed: of the order in which threads go on."""
 
     def launch(shape, *values, eps):
@@ -148,7 +124,9 @@ def test_the_emulated_kernel_equals_the_plain_step(emulate, random_model, case, 
             shape = shape._replace(num_stages=backbone_step.NUM_WARPS // shape.slices)
 
         def step():
-            assert emulate(shape).emulate(ctypes.byref(arguments), NUM_BLOCKS, seed), "threads waited for each other"
+            assert emulated("backbone_step.cpp", shape.defines()).emulate(ctypes.byref(arguments), NUM_BLOCKS, seed), (
+                "threads waited for each other"
+            )
             assert kept[-1].tolist() == [1, 0, 0]  # tags: of the residual stream after three rounds, of all else after two
 
         return step

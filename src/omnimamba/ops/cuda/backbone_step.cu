@@ -22,7 +22,6 @@
 
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
-constexpr int WARP = 32;
 constexpr int VECTOR = 8;                          // columns of a matrix that a lane takes at once
 constexpr int CHUNK = SLICES * WARP * VECTOR;      // columns that the warps of a group take at once
 constexpr int GROUPS = NUM_WARPS / SLICES;         // of SLICES warps, which take the stages of the ring in turn
@@ -35,13 +34,10 @@ constexpr int D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + NUM_HEADS;
 constexpr int NUM_COMMON = 2 * D_STATE + NUM_HEADS;  // rows of in_proj that all blocks need: B, C, dt
 constexpr int D_COMMON = NUM_COMMON + 2 * RANK;
 constexpr int HEADDIM = D_INNER / NUM_HEADS;
-constexpr int PER_LANE = D_STATE / WARP;  // numbers of a state that a lane has
 constexpr int BLOCK_CHANNELS = CHANNELS * NUM_WARPS;
 constexpr int CONV_CHANNELS = 2 * D_STATE + BLOCK_CHANNELS;  // that a block computes: B, C and its own of x
-constexpr int STATE_BYTES = HALF_STATE ? 2 : 4;              // of a number
 
 static_assert(D_MODEL % CHUNK == 0 && D_INNER % CHUNK == 0);
-static_assert(PER_LANE == 2 || PER_LANE == 4);
 static_assert(NUM_STAGES % GROUPS == 0);                                        // a stage is always the same group's
 static_assert(CONV_CHANNELS <= CONSUMERS && SEGMENT * NUM_ROWS <= CONSUMERS);  // one for each thread
 static_assert(D_COMMON % 4 == 0);                                               // received four at a time
@@ -215,40 +211,6 @@ struct Sink {
 
     __device__ explicit Sink(Shared& shared) : shared(shared) { place.advance(group); }
 };
-
-// ---- sums over the lanes of a warp
-
-__device__ __forceinline__ float sum_lanes(float value) {
-#pragma unroll
-    for (int mask = WARP / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
-    return value;
-}
-
-// The sums over lanes of `num` values, a power of two: values[0] becomes that of value lane / (WARP / num).
-template <int num>
-__device__ __forceinline__ void sum_lanes_of(float (&values)[num], int lane) {
-    static_assert(num <= WARP && (num & (num - 1)) == 0);
-    int mask = WARP / 2;
-#pragma unroll
-    for (int half = num / 2; half; half /= 2, mask /= 2) {
-        const bool is_upper = lane & mask;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float given = is_upper ? values[i] : values[i + half];
-            const float kept = is_upper ? values[i + half] : values[i];
-            values[i] = kept + shuffle_xor(given, mask);
-        }
-    }
-#pragma unroll
-    for (int rest = WARP / num / 2; rest; rest /= 2) values[0] += shuffle_xor(values[0], rest);
-}
-
-// ---- four numbers
-
-__device__ __forceinline__ float4 four_bf16(uint2 bits) {
-    const float2 first = unpack_bf16(bits.x), second = unpack_bf16(bits.y);
-    return make_float4(first.x, first.y, second.x, second.y);
-}
 
 __device__ __forceinline__ float largest_of(float4 n) { return fmaxf(fmaxf(fabsf(n.x), fabsf(n.y)), fmaxf(fabsf(n.z), fabsf(n.w))); }
 
@@ -547,53 +509,6 @@ __device__ __forceinline__ void multiply(Sink& sink, const Operand& x, int num_r
 }
 
 // ---- convolution and state update
-
-__device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
-
-__device__ __forceinline__ float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }  // as in torch
-
-__device__ __forceinline__ float bf16_at(const u16* from) { return float_of((u32)*from << 16); }
-
-// Inputs of a channel and its taps are four bf16, oldest first.
-__device__ __forceinline__ float convolve(uint2 past, float newest, uint2 weights, float bias) {
-    const float4 x = four_bf16(past), taps = four_bf16(weights);
-    return silu(fmaf(newest, taps.w, fmaf(x.w, taps.z, fmaf(x.z, taps.y, fmaf(x.y, taps.x, bias)))));
-}
-
-// The inputs without the oldest and with the newest.
-__device__ __forceinline__ uint2 shifted(uint2 past, float newest) {
-    uint2 result;
-    result.x = past.x >> 16 | past.y << 16;
-    result.y = past.y >> 16 | (u32)to_bf16(newest) << 16;
-    return result;
-}
-
-// A row of LoRA's B times A u.
-__device__ __forceinline__ float times(const u16* lora, const float (&low)[RANK]) {
-    float sum = 0;
-#pragma unroll
-    for (int r = 0; r < RANK; r++) sum = fmaf(bf16_at(lora + r), low[r], sum);
-    return sum;
-}
-
-__device__ __forceinline__ void load_state(const char* from, float (&state)[PER_LANE]) {
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i += 2) {
-        const float2 two = HALF_STATE ? unpack_bf16(((const u32*)from)[i / 2]) : ((const float2*)from)[i / 2];
-        state[i] = two.x, state[i + 1] = two.y;
-    }
-}
-
-__device__ __forceinline__ void store_state(char* to, const float (&state)[PER_LANE]) {
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i += 2) {
-        if constexpr (HALF_STATE) {
-            ((u32*)to)[i / 2] = pack_bf16(state[i], state[i + 1]);
-        } else {
-            ((float2*)to)[i / 2] = make_float2(state[i], state[i + 1]);
-        }
-    }
-}
 
 struct Update {
     const Arguments& arguments;

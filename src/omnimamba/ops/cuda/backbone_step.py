@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import Kernel, is_available
+from omnimamba.ops.cuda.compile import COOPERATIVE, Kernel, is_available
 from omnimamba.ops.triton.decode import LayerWeights, Weight
 
-SOURCES = ("primitives.cuh", "backbone_step.cu")
+SOURCES = ("primitives.cuh", "mixer.cuh", "backbone_step.cu")
 MAX_ROWS = 2
 NUM_WARPS = 16  # of a block, beside the two that copy
 THREADS = 32 * (NUM_WARPS + 2)
@@ -211,4 +211,4 @@ class BackboneStep:
 
     def __call__(self) -> None:
         """States and logits, in place."""
-        self.kernel(self.arguments, blocks=self.num_blocks, threads=THREADS)
+        self.kernel(self.arguments, blocks=self.num_blocks, threads=THREADS, attribute=COOPERATIVE)

@@ -1,7 +1,7 @@
 """CUDA C++ to a kernel that can be launched: NVRTC of torch's CUDA wheels and the driver, both through ctypes.
 
 What was compiled is kept in Triton's cache folder. (`torch.cuda._compile_kernel` does much of this, but is private to torch, keeps
-nothing, and launches no cooperative kernel.)
+nothing, and launches without attributes.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17",)
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+# CUlaunchAttributeID: all blocks are at work at once; the kernel may start before the one ahead of it has ended
+COOPERATIVE, PROGRAMMATIC = 2, 6
 
 
 def compile_cubin(sources: Sequence[str], defines: Mapping[str, object], architecture: str) -> tuple[bytes, str]:
@@ -84,8 +86,26 @@ def check_driver(result: int) -> None:
         raise RuntimeError(f"CUDA: {(message.value or b'unknown error').decode()}")
 
 
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute, of those attributes whose value is one int."""
+
+    _fields_ = (("id", ctypes.c_int), ("_padding", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_char * 60))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 class Kernel:
-    """A kernel of one argument, a struct, on a device; its blocks are at work all at once (a cooperative launch)."""
+    """A kernel of one argument, a struct, on a device."""
 
     def __init__(
         self, sources: Sequence[str], name: str, defines: Mapping[str, object], *, shared_bytes: int, device: torch.device
@@ -105,11 +125,11 @@ class Kernel:
         check_driver(driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
         check_driver(driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
 
-    def __call__(self, argument: ctypes.Structure, *, blocks: int, threads: int) -> None:
-        """Launches on torch's current stream. RuntimeError if the blocks do not fit the device all at once."""
+    def __call__(self, argument: ctypes.Structure, *, blocks: int, threads: int, attribute: int | None = None) -> None:
+        """Launches on torch's current stream, perhaps with one of the launch attributes above. RuntimeError if the driver refuses."""
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-            check_driver(
-                driver().cuLaunchCooperativeKernel(self._function, blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, pointers)
-            )
+            attributes = (LaunchAttribute * 1)((attribute or 0, 0, 1))
+            config = LaunchConfig(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, attributes, int(attribute is not None))
+            check_driver(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None))

@@ -51,6 +51,32 @@ __device__ __forceinline__ void bulk_copy(char* to, const char* from, u32 bytes,
                  : "memory");
 }
 
+// The same from shared to global memory; what this thread's warp has written there before must be `visible_to_copies`. Copies of a thread
+// that `bulk_commit` ends are a group.
+__device__ __forceinline__ void bulk_store(char* to, const char* from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the last `num` groups of this thread have been read from shared memory.
+template <int num>
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(num) : "memory");
+}
+
+// Until all groups of this thread have been written.
+__device__ __forceinline__ void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// What this thread has written to shared memory may be read by the copy engine, once threads have met.
+__device__ __forceinline__ void visible_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- kernels one after the other: this one was started early (programmatic dependent launch), and so may be the next
+
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- threads of a block, blocks of a grid
 
 // All of the first `threads` threads of the block.
@@ -64,6 +90,9 @@ __device__ __forceinline__ bool last_of_grid(u32* counter) { return atomicAdd(co
 
 // The warp's index in its block, known to the compiler to be the same for all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
+// The lanes of the warp for which it is so.
+__device__ __forceinline__ u32 ballot(bool is_so) { return __ballot_sync(0xffffffffu, is_so); }
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

@@ -1,0 +1,125 @@
+"""Everything between a layer's two projections for one position of many rows: the host's side of `mix_rows.cu`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, is_available
+from omnimamba.ops.triton.decode import LayerWeights, Lora, MixerWeights
+
+SOURCES = ("primitives.cuh", "mixer.cuh", "mix_rows.cu")
+TILE_BYTES = 4096
+NUM_WARPS = 12  # that update states
+NUM_PREPARING = 8  # warps that make what the others need
+THREADS = 32 * (NUM_WARPS + NUM_PREPARING)
+MAX_ROWS = THREADS
+CHUNK = 512  # channels that are prepared at once
+MAX_STAGES = 8
+POINTERS = (
+    "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "y", "newest"
+)  # fmt: skip
+
+
+class Arguments(ctypes.Structure):
+    """As in mix_rows.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("projected_row", ctypes.c_longlong),
+        ("conv_slot", ctypes.c_longlong),
+        ("ssm_slot", ctypes.c_longlong),
+        ("num_rows", ctypes.c_int),
+        ("lora_scaling", ctypes.c_float),
+    )
+
+
+class Shape(NamedTuple):
+    """What the kernel is compiled for."""
+
+    d_inner: int
+    num_heads: int
+    d_state: int
+    rank: int
+    half_state: bool
+    num_stages: int
+
+    @classmethod
+    def of(cls, layer: LayerWeights, num_rows: int, shared_bytes: int) -> Shape | None:
+        """Of such layers on a device of so much shared memory for a block; None if the kernel cannot.
+
+        It wants bf16, states in bf16 or fp32, a convolution of four taps, d_state 64 or 128, and heads of whole tiles.
+        """
+        num_heads, headdim, d_state = layer.ssm.shape[1:]
+        floats = (layer.norm, layer.lora.B, layer.mixer.conv_weight, layer.mixer.conv_bias, layer.conv)
+        tile = TILE_BYTES // (d_state * layer.ssm.itemsize)
+        fits = (
+            num_rows <= MAX_ROWS
+            and all(tensor.dtype == torch.bfloat16 for tensor in floats)
+            and layer.ssm.dtype in (torch.float32, torch.bfloat16)
+            and layer.conv.shape[2] == 4
+            and d_state in (64, 128)
+            and headdim % tile == 0
+        )
+        if not fits:
+            return None
+        shape = cls(num_heads * headdim, num_heads, d_state, layer.lora.rank, layer.ssm.dtype == torch.bfloat16, 0)
+        num_stages = min(MAX_STAGES, (shared_bytes - shape.work_bytes) // (NUM_WARPS * TILE_BYTES))
+        return shape._replace(num_stages=num_stages) if num_stages > 1 else None
+
+    def defines(self) -> dict[str, Any]:
+        own = {name.upper(): int(value) for name, value in self._asdict().items()}
+        sizes = {"TILE_BYTES": TILE_BYTES, "SHARED_BYTES": self.work_bytes, "CHUNK": CHUNK}
+        return own | sizes | {"NUM_WARPS": NUM_WARPS, "NUM_PREPARING": NUM_PREPARING}
+
+    @property
+    def work_bytes(self) -> int:
+        """Of a block's shared memory beside the rings, `Shared` in mix_rows.cu, or a little more."""
+        return 2 * 16 * CHUNK + 16 * self.d_state + 8 * MAX_ROWS + 4 * THREADS // 32 + 8 * (NUM_WARPS * MAX_STAGES + 4)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.num_stages * NUM_WARPS * TILE_BYTES + self.work_bytes
+
+
+def device_shape(layer: LayerWeights, num_rows: int, device: torch.device) -> Shape | None:
+    """What to compile for this device; None if the kernel cannot run there: it needs compute capability 9.0 and NVRTC."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return None
+    if not is_available():
+        return None
+    return Shape.of(layer, num_rows, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def arguments_of(
+    projected: Tensor,
+    lora: Lora,
+    weights: MixerWeights,
+    conv: Tensor,
+    ssm: Tensor,
+    slots: Tensor,
+    is_t2i: Tensor,
+    y: Tensor,
+    newest: Tensor,
+) -> Arguments:
+    """Of `ops.triton.decode.mix`."""
+    tensors = (projected, lora.B, *weights, conv, ssm, slots, is_t2i, y, newest)
+    strides = (projected.stride(0), conv.stride(0), ssm.stride(0))
+    return Arguments(*(tensor.data_ptr() for tensor in tensors), *strides, slots.shape[0], lora.scaling)
+
+
+@functools.cache
+def kernel_of(shape: Shape, device: torch.device) -> Kernel:
+    return Kernel(SOURCES, "mix_rows", shape.defines(), shared_bytes=shape.shared_bytes, device=device)
+
+
+def mix_rows(shape: Shape, *values: Any, pdl: bool = False) -> None:
+    """What `ops.triton.decode.mix` does with these values."""
+    arguments = arguments_of(*values)
+    device = values[0].device
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    kernel_of(shape, device)(arguments, blocks=blocks, threads=THREADS, attribute=PROGRAMMATIC if pdl else None)
