@@ -34,10 +34,10 @@ from omnimamba.model.omnimamba import OmniMambaModel
 
 STEPS = 16  # of a block
 PARTS_BATCHES = (1, 64)
-# what --sweep tries: (rows of a program, warps) of in_proj and out_proj, int8, one row; (channels, warps, registers) of the state update
+# what --sweep tries: (rows of a program, warps) of in_proj and out_proj, int8, one row; (rows, columns, warps, stages) of in_proj, 64 rows
 IN_TILES = ((8, 4), (16, 4), (16, 8), (32, 8))
 OUT_TILES = ((4, 4), (8, 4), (8, 8), (16, 16))
-MIX_TILES = ((64, 4, None), (32, 2, 168), (32, 4, 96))
+MATRIX_TILES = ((64, 64, 4, 6), (64, 64, 4, 8), (64, 128, 4, 4), (32, 64, 4, 8), (128, 64, 8, 6))
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,10 @@ def sweep(
             project = min(results, key=lambda r: r[0])[1]
         del model
         model = random_model(config, torch.bfloat16, device)
-        for ssm_dtype in (torch.float32, torch.bfloat16):
-            for rows, warps, registers in MIX_TILES:
-                name = f"x64, {ssm_dtype}, mix: {rows} channels, {warps} warps, {registers or 'any'} registers"
-                choice = Launch(rows, 0, warps, 1, registers)
-                yield run(model, Case(name, Task.T2I, 64, ssm_dtype), decode_mix=((torch.inf, choice),))[1:]
+        for rows, columns, warps, stages in MATRIX_TILES:
+            choice = Launch(rows, columns, warps, stages)
+            case = Case(f"x64, projections: {rows} rows, {columns} columns, {warps} warps, {stages} stages", Task.T2I, 64)
+            yield run(model, case, decode_matrix=((d, choice), base["decode_matrix"][-1]))[1:]
     finally:
         LAUNCHES.update(base)
 
@@ -203,6 +202,7 @@ def sweep(
 def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int) -> Iterator[tuple[str, float, float]]:
     """(kernel, microseconds per layer, TB/s) of each kernel alone, run for all layers in one graph; batch 1 and 64."""
     from omnimamba.engine.decoder import FusedDecoder
+    from omnimamba.ops.cuda import mix_rows
     from omnimamba.ops.triton import decode as kernels
 
     config = model.config.backbone
@@ -211,9 +211,8 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
         decoder = FusedDecoder(model, runner.state, image_table)
         rows = decoder.fill(samples_of(Case("", Task.T2I, b))).rows
         x, y = (torch.randn(b, width, device=device) for width in (config.d_model, config.d_inner))
-        u, gated, mixed = (
-            torch.randn(b, width, device=device, dtype=model.dtype) for width in (config.d_model, config.d_inner, config.d_model)
-        )
+        u, gated = (torch.randn(b, width, device=device, dtype=model.dtype) for width in (config.d_model, config.d_inner))
+        mixed = torch.randn(kernels.matrix_parts(config.d_inner), b, config.d_model, device=device)
         newest = torch.randn(b, 2 * config.d_state, device=device)
         width = config.d_in_proj + decoder.layers[0].lora.A.shape[0]
         projected = torch.randn(b, width, device=device, dtype=torch.float32 if b == 1 else model.dtype)
@@ -224,6 +223,7 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
                 2 * b * decoder.layers[0].ssm[0].nbytes,
             )
         }
+        streamed = mix_rows.device_shape(decoder.layers[0], b, model.device)
         if b == 1:
             runs |= {
                 "in_proj": (
@@ -239,14 +239,25 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
             }
         else:
             runs |= {
-                "norm": (lambda l: kernels.norm(x, l.norm, u, eps=eps, addend=mixed, pdl=pdl), 2 * x.nbytes),
-                "in_proj": (lambda l: torch.mm(u, l.packed.T, out=projected), decoder.layers[0].in_proj.values.nbytes),
-                "gated norm": (
-                    lambda l: kernels.norm(y, l.gated_norm, gated, eps=eps, shift=kernels.Shift(l.conv, rows.slots, newest), pdl=pdl),
-                    y.nbytes,
+                "norm": (
+                    lambda l: kernels.norm(x, l.norm, u, eps=eps, addend=mixed, shift=kernels.Shift(l.conv, rows.slots, newest), pdl=pdl),
+                    mixed.nbytes + 2 * x.nbytes,
                 ),
-                "out_proj": (lambda l: torch.mm(gated, l.out_proj.values.T, out=mixed), decoder.layers[0].out_proj.values.nbytes),
+                "in_proj": (
+                    lambda l: kernels.multiply_parts(u, l.packed, projected[None], pdl=pdl),
+                    decoder.layers[0].in_proj.values.nbytes,
+                ),
+                "out_proj": (
+                    lambda l: kernels.multiply_parts(gated, l.out_proj.values, mixed, pdl=pdl),
+                    decoder.layers[0].out_proj.values.nbytes,
+                ),
             }
+            if streamed is not None:
+                made = mix_rows.Mixed(gated, torch.zeros(b, streamed.row_tiles, device=device), newest)
+                runs["mix, streamed"] = (
+                    lambda l, shape=streamed: mix_rows.mix_rows(shape, projected, l, rows.slots, rows.is_t2i, made, pdl=pdl),
+                    2 * b * decoder.layers[0].ssm[0].nbytes,
+                )
         for name, (run, num_bytes) in runs.items():
 
             def all_layers(run: Callable[[Any], Any] = run) -> None:

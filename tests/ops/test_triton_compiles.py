@@ -194,6 +194,9 @@ def test_the_rest_of_a_step_of_1_3b(decode_kernels, num_rows):
     residual, addend = torch.empty(num_rows, 2048), torch.empty(num_rows, 2048, dtype=bf16)
     decode.norm(residual, torch.empty(2048, dtype=bf16), addend, eps=1e-5, addend=addend, pdl=True)
     shift = decode.Shift(conv_state, slots, newest)
+    squares = decode.Squares(torch.empty(num_rows, 512), d_inner)
+    parts = torch.empty(4, num_rows, 2048)
+    decode.norm(residual, torch.empty(2048, dtype=bf16), addend, eps=1e-5, addend=parts, squares=squares, shift=shift, pdl=True)
     decode.norm(y, torch.empty(d_inner, dtype=bf16), torch.empty(num_rows, d_inner, dtype=bf16), eps=1e-5, shift=shift, pdl=True)
     tables = [torch.empty(v, 2048, dtype=bf16) for v in (16384, 50288, 329, 1500)]
     embedding = decode.Embedding(tables[0], decode.Weight(tables[1]), tables[2], tables[3])

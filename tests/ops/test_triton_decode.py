@@ -171,14 +171,31 @@ def plain_tokens(runner: Runner, batch: list[DecodeSample], num_steps: int) -> l
 def test_a_product_in_parts(kernel_device, num_rows, k, parts, dtype):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, k, generator=generator).to(kernel_device, dtype) for n in (num_rows, 70))
-    assert kernel.matrix_parts(k)[0] == parts
-    out = torch.full((parts, num_rows, 70), torch.nan, device=kernel_device)
+    assert kernel.matrix_parts(k) == parts
+    out, whole = torch.full((parts, num_rows, 70), torch.nan, device=kernel_device), x.new_full((1, num_rows, 70), torch.nan)
     kernel.multiply_parts(x, weight, out)
-    assert_near(out.sum(0), x.double() @ weight.double().T, 1e-5)  # sums are fp32
+    kernel.multiply_parts(x, weight, whole)
+    expected = x.double() @ weight.double().T
+    assert_near(out.sum(0), expected, 1e-5)  # sums are fp32
+    assert_near(whole[0], expected, 1e-5 if dtype == torch.float32 else 4e-3)
 
 
 def test_columns_that_are_not_split():
-    assert kernel.matrix_parts(80) == kernel.matrix_parts(17) == (0, 0)
+    assert kernel.matrix_parts(80) == kernel.matrix_parts(17) == 0
+    assert (kernel.matrix_tile(80, 1), kernel.matrix_tile(80, 2), kernel.matrix_tile(17, 1), kernel.matrix_tile(96, 5)) == (16, 0, 0, 0)
+
+
+@pytest.mark.parametrize("num_addends", [1, 3])
+def test_a_norm_whose_addend_has_yet_to_be_normed(kernel_device, num_addends):
+    generator = torch.Generator().manual_seed(0)
+    x, addends, sums, weight = (
+        torch.rand(shape, generator=generator).to(kernel_device) for shape in ((3, 40), (num_addends, 3, 40), (3, 7), (40,))
+    )
+    expected = x + addends.sum(0) / (sums.sum(1, keepdim=True) / 50 + 1e-5).sqrt()
+    out = torch.full((3, 40), torch.nan, device=kernel_device)
+    kernel.norm(x, weight, out, eps=1e-5, addend=addends, squares=kernel.Squares(sums, 50))
+    assert_near(x, expected, 1e-6)
+    assert_near(out, torch.nn.functional.rms_norm(expected, (40,), weight, 1e-5), 1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)

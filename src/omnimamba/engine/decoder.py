@@ -8,8 +8,8 @@ of one graph, and the tokens are read once at its end. Graphs are captured on fi
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from omnimamba.ops.cuda.backbone_step import BackboneStep, Buffers, Shape, devic
 from omnimamba.ops.quant import QuantizedWeight
 from omnimamba.ops.triton import decode as kernels
 from omnimamba.ops.triton import decode_sample as sampling
-from omnimamba.ops.triton.decode import Embedding, LayerWeights, Lora, MixerWeights, Shift, Weight
+from omnimamba.ops.triton.decode import Embedding, LayerWeights, Lora, MixerWeights, Shift, Squares, Weight
 from omnimamba.ops.triton.decode_sample import Partial, Rows
 
 
@@ -41,11 +41,11 @@ class DecodeOptions:
     use_one_launch: bool | None = None
     """All layers and the heads in one launch (`ops/cuda/backbone_step.py`); None: where it can."""
     max_vector_rows: int = 2
-    """Up to so many rows, a layer is three launches that multiply matrix and vectors; above, projections are matrix products of cuBLAS."""
+    """Up to so many rows, a layer is three launches that multiply matrix and vectors; above, projections are matrix products."""
     min_streamed_rows: int = 8
     """From so many rows on, states are updated on their way through shared memory (`ops/cuda/mix_rows.py`), where that can be."""
-    max_split_rows: int = 64
-    """Up to so many rows, out_proj is a product of our own, in parts that the next norm adds up."""
+    max_product_rows: int = 64
+    """Up to so many rows, projections are products of our own, out_proj in parts that the next norm adds up."""
     max_steps: int = 16
     """Steps of a block at most."""
 
@@ -257,36 +257,44 @@ class FusedDecoder:
         config = self.config.backbone
         u = self._buffer("u", b, config.d_model, self._dtype)
         projected = self._buffer("matrix projected", b, self._width, self._dtype)
-        y = self._buffer("y", b, config.d_inner, torch.float32)
         newest = self._buffer("newest", b, 2 * config.d_state, torch.float32)
         gated = self._buffer("gated", b, config.d_inner, self._dtype)
-        can_split = b <= self.options.max_split_rows and self.layers[0].out_proj.scale is None
-        num_parts = kernels.matrix_parts(config.d_inner)[0] if can_split else 0
+        has_products = b <= self.options.max_product_rows
+        has_own_in_proj = has_products and self._dtype != torch.float32 and kernels.matrix_tile(config.d_model, 1) > 0
+        num_parts = kernels.matrix_parts(config.d_inner) if has_products and self.layers[0].out_proj.scale is None else 0
         if num_parts:
             mixed = self._buffer("mixed parts", num_parts * b, config.d_model, torch.float32).view(num_parts, b, -1)
         else:
             mixed = self._buffer("mixed", b, config.d_model, self._dtype)
-        mix = self._mix(b)
-        for i, layer in enumerate(self.layers):
-            kernels.norm(residual, layer.norm, u, eps=self.eps, addend=mixed if i else None, pdl=self.pdl)
-            multiply_with_lora(u, layer, projected)
-            mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
-            kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=Shift(layer.conv, rows.slots, newest), pdl=self.pdl)
+        streamed = mix_rows.device_shape(self.layers[0], b, self.device) if b >= self.options.min_streamed_rows else None
+        behind: dict[str, Any] = {}  # what the next norm does for a layer
+        for layer in self.layers:
+            kernels.norm(residual, layer.norm, u, eps=self.eps, **behind, pdl=self.pdl)
+            if has_own_in_proj and layer.packed is not None:
+                kernels.multiply_parts(u, layer.packed, projected[None], pdl=self.pdl)
+            else:
+                multiply_with_lora(u, layer, projected)
+            behind = {"addend": mixed}
+            shift = Shift(layer.conv, rows.slots, newest)
+            if streamed is None:
+                y = self._buffer("y", b, config.d_inner, torch.float32)
+                kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
+                kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=shift, pdl=self.pdl)
+            else:
+                squares = self._buffer("squares", b, streamed.row_tiles, torch.float32)
+                behind |= {"squares": Squares(squares, config.d_inner), "shift": shift}
+                made = mix_rows.Mixed(gated, squares, newest)
+                mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, made, pdl=self.pdl)
             if num_parts:
                 kernels.multiply_parts(gated, layer.out_proj.values, mixed, pdl=self.pdl)
             else:
                 multiply(gated, layer.out_proj, mixed)
-        kernels.norm(residual, self.final_norm, u, eps=self.eps, addend=mixed, pdl=self.pdl)
+        kernels.norm(residual, self.final_norm, u, eps=self.eps, **behind, pdl=self.pdl)
         logits = {}
         for task in tasks:
             logits[task] = self._buffer(f"matrix {task} logits", b, self.heads[task].values.shape[0], self._dtype)
             multiply(u, self.heads[task], logits[task])
         return logits
-
-    def _mix(self, b: int) -> Callable[..., None]:
-        """What computes the middle of a layer for b rows."""
-        streamed = mix_rows.device_shape(self.layers[0], b, self.device) if b >= self.options.min_streamed_rows else None
-        return kernels.mix if streamed is None else functools.partial(mix_rows.mix_rows, streamed)
 
     @torch.no_grad()
     def _filter(self, bucket: _Bucket, logits: dict[Task, Tensor]) -> None:

@@ -1,4 +1,5 @@
-// One position of everything between a layer's two projections, for a batch of many rows: task LoRA, convolution, state update, gate.
+// One position of everything between a layer's two projections, for a batch of many rows: task LoRA, convolution, state update, gate, and
+// the gated norm but for the division by its root mean square, which commutes with the projection that follows.
 //
 // At many rows the time is that of reading and writing the states. So each of most warps brings tiles of states to its own ring of
 // shared memory, updates them there and sends them back (bulk copies both ways): a tile is some channels of a row, one piece of memory,
@@ -7,8 +8,8 @@
 // A block has a contiguous part of all tiles of the rows that are not padding. The first states travel before the kernels before this
 // one have ended, whose results only the preparing warps read.
 //
-// The definitions are `Mamba2Backbone.step` and what it calls. Activations between kernels are bf16 where a matrix product made them,
-// and fp32 else; B and C enter the convolution's state in the kernel that follows, for all blocks of a row read it.
+// The definitions are `Mamba2Backbone.step` and what it calls. Activations are bf16 outside of this kernel and fp32 in it. B and C enter
+// the convolution's state in a later kernel, for all blocks of a row read it.
 //
 // The including code defines D_INNER, NUM_HEADS, D_STATE, RANK, HALF_STATE, NUM_WARPS (that update states), NUM_PREPARING (warps),
 // NUM_STAGES (of a warp's ring), TILE_BYTES and CHUNK (channels that are prepared at once).
@@ -39,7 +40,9 @@ struct Arguments {
     char* ssm;                // [slots, NUM_HEADS, HEADDIM, D_STATE]
     const long long* slots;   // [rows], negative: nothing is stored for the row
     const long long* is_t2i;  // [rows]
-    float* y;                 // [rows, D_INNER], times silu(z)
+    const u16* norm;          // [D_INNER], the weight of the gated norm
+    u16* gated;               // [rows, D_INNER]: y * silu(z), times the norm's weight
+    float* squares;           // [rows, ROW_TILES]: of y * silu(z), the sums over tiles
     float* newest;            // [rows, 2 * D_STATE]: B and C before the convolution
     long long projected_row, conv_slot, ssm_slot;  // numbers from one row, or slot, to the next
     int num_rows;
@@ -54,7 +57,7 @@ struct Row {
 
 // What the update of a channel's state needs.
 struct Channel {
-    float decay, input, skipped, gate;
+    float decay, input, skipped, gate, weight, padding;
 };
 
 struct Shared {
@@ -159,7 +162,8 @@ __device__ void prepare(const Arguments& arguments, Shared& shared, Chunks chunk
             if (i >= num) break;
             const float x = convolved(channel, inputs[j], newest[j]), step = softplus(dt[j]);
             *(uint2*)(conv + 4 * channel) = shifted(inputs[j], newest[j]);
-            shared.channels[half][i] = {expf(-step * expf(arguments.A_log[head])), step * x, x * arguments.D[head], silu(z[j])};
+            shared.channels[half][i] = {expf(-step * expf(arguments.A_log[head])), step * x, x * arguments.D[head], silu(z[j]),
+                                       bf16_at(arguments.norm + channel), 0};
         }
         barrier_arrive(&shared.ready[half]);
     }
@@ -234,7 +238,8 @@ __device__ void update_states(const Arguments& arguments, Shared& shared, Chunks
         for (; tile < chunks.end; tile += NUM_WARPS, is_first = false) {
             char* states = ring.wait() + lane * PER_LANE * STATE_BYTES;
             const Channel* channels = &shared.channels[half][(tile - chunks.first) * TILE];
-            float* y = arguments.y + row * D_INNER + tile % ROW_TILES * TILE;
+            u16* gated = arguments.gated + row * D_INNER + tile % ROW_TILES * TILE;
+            float squares = 0;
 #pragma unroll
             for (int first = 0; first < TILE; first += AT_ONCE) {
                 float state[AT_ONCE][PER_LANE], sums[AT_ONCE];
@@ -253,8 +258,13 @@ __device__ void update_states(const Arguments& arguments, Shared& shared, Chunks
                 }
                 sum_lanes_of<AT_ONCE>(sums, lane);
                 const int own = first + lane / (WARP / AT_ONCE);
-                if (lane % (WARP / AT_ONCE) == 0) y[own] = (sums[0] + channels[own].skipped) * channels[own].gate;
+                const float y = (sums[0] + channels[own].skipped) * channels[own].gate;
+                if (lane % (WARP / AT_ONCE) == 0) gated[own] = to_bf16(y * channels[own].weight);
+                squares = fmaf(y, y, squares);
             }
+#pragma unroll
+            for (int mask = WARP / 2; mask >= WARP / AT_ONCE; mask /= 2) squares += shuffle_xor(squares, mask);
+            if (lane == 0) arguments.squares[row * ROW_TILES + tile % ROW_TILES] = squares;
             ring.send(tile, is_first);
         }
         __syncwarp();

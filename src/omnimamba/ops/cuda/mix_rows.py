@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, is_available
-from omnimamba.ops.triton.decode import LayerWeights, Lora, MixerWeights
+from omnimamba.ops.triton.decode import LayerWeights
 
 SOURCES = ("primitives.cuh", "mixer.cuh", "mix_rows.cu")
 TILE_BYTES = 4096
@@ -19,9 +19,10 @@ NUM_PREPARING = 8  # warps that make what the others need
 THREADS = 32 * (NUM_WARPS + NUM_PREPARING)
 MAX_ROWS = THREADS
 CHUNK = 512  # channels that are prepared at once
-MAX_STAGES = 8
+MAX_STAGES = 3  # more make nothing faster
 POINTERS = (
-    "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "y", "newest"
+    "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "norm", "gated",
+    "squares", "newest",
 )  # fmt: skip
 
 
@@ -55,19 +56,17 @@ class Shape(NamedTuple):
         It wants bf16, states in bf16 or fp32, a convolution of four taps, d_state 64 or 128, and heads of whole tiles.
         """
         num_heads, headdim, d_state = layer.ssm.shape[1:]
-        floats = (layer.norm, layer.lora.B, layer.mixer.conv_weight, layer.mixer.conv_bias, layer.conv)
-        tile = TILE_BYTES // (d_state * layer.ssm.itemsize)
+        floats = (layer.gated_norm, layer.lora.B, layer.mixer.conv_weight, layer.mixer.conv_bias, layer.conv)
         fits = (
             num_rows <= MAX_ROWS
             and all(tensor.dtype == torch.bfloat16 for tensor in floats)
             and layer.ssm.dtype in (torch.float32, torch.bfloat16)
             and layer.conv.shape[2] == 4
             and d_state in (64, 128)
-            and headdim % tile == 0
         )
-        if not fits:
-            return None
         shape = cls(num_heads * headdim, num_heads, d_state, layer.lora.rank, layer.ssm.dtype == torch.bfloat16, 0)
+        if not fits or headdim % shape.tile:
+            return None
         num_stages = min(MAX_STAGES, (shared_bytes - shape.work_bytes) // (NUM_WARPS * TILE_BYTES))
         return shape._replace(num_stages=num_stages) if num_stages > 1 else None
 
@@ -77,9 +76,19 @@ class Shape(NamedTuple):
         return own | sizes | {"NUM_WARPS": NUM_WARPS, "NUM_PREPARING": NUM_PREPARING}
 
     @property
+    def tile(self) -> int:
+        """Channels that are updated at once."""
+        return TILE_BYTES // (self.d_state * (2 if self.half_state else 4))
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of a row."""
+        return self.d_inner // self.tile
+
+    @property
     def work_bytes(self) -> int:
         """Of a block's shared memory beside the rings, `Shared` in mix_rows.cu, or a little more."""
-        return 2 * 16 * CHUNK + 16 * self.d_state + 8 * MAX_ROWS + 4 * THREADS // 32 + 8 * (NUM_WARPS * MAX_STAGES + 4)
+        return 2 * 24 * CHUNK + 16 * self.d_state + 8 * MAX_ROWS + 4 * THREADS // 32 + 8 * (NUM_WARPS * MAX_STAGES + 4)
 
     @property
     def shared_bytes(self) -> int:
@@ -95,21 +104,21 @@ def device_shape(layer: LayerWeights, num_rows: int, device: torch.device) -> Sh
     return Shape.of(layer, num_rows, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def arguments_of(
-    projected: Tensor,
-    lora: Lora,
-    weights: MixerWeights,
-    conv: Tensor,
-    ssm: Tensor,
-    slots: Tensor,
-    is_t2i: Tensor,
-    y: Tensor,
-    newest: Tensor,
-) -> Arguments:
-    """Of `ops.triton.decode.mix`."""
-    tensors = (projected, lora.B, *weights, conv, ssm, slots, is_t2i, y, newest)
-    strides = (projected.stride(0), conv.stride(0), ssm.stride(0))
-    return Arguments(*(tensor.data_ptr() for tensor in tensors), *strides, slots.shape[0], lora.scaling)
+class Mixed(NamedTuple):
+    """What the kernel makes of b rows, for what follows it."""
+
+    gated: Tensor
+    """[b, h * p] bf16: y * silu(z), times the weight of the gated norm."""
+    squares: Tensor
+    """[b, row_tiles] fp32, whose sum is that of the squares of y * silu(z)."""
+    newest: Tensor
+    """[b, 2 * n] fp32: B and C before the convolution, for `ops.triton.decode.Shift`."""
+
+
+def arguments_of(projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed) -> Arguments:
+    tensors = (projected, layer.lora.B, *layer.mixer, layer.conv, layer.ssm, slots, is_t2i, layer.gated_norm, *mixed)
+    strides = (projected.stride(0), layer.conv.stride(0), layer.ssm.stride(0))
+    return Arguments(*(tensor.data_ptr() for tensor in tensors), *strides, slots.shape[0], layer.lora.scaling)
 
 
 @functools.cache
@@ -117,9 +126,14 @@ def kernel_of(shape: Shape, device: torch.device) -> Kernel:
     return Kernel(SOURCES, "mix_rows", shape.defines(), shared_bytes=shape.shared_bytes, device=device)
 
 
-def mix_rows(shape: Shape, *values: Any, pdl: bool = False) -> None:
-    """What `ops.triton.decode.mix` does with these values."""
-    arguments = arguments_of(*values)
-    device = values[0].device
+def mix_rows(
+    shape: Shape, projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed, *, pdl: bool = False
+) -> None:
+    """Fills `mixed`; the layer's SSM states and x's part of its conv states are updated in place.
+
+    projected: [b, z|x|B|C|dt|A u of MMU|A u of T2I] bf16; slots, is_t2i: [b] int64, a negative slot is padding.
+    """
+    device = projected.device
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    arguments = arguments_of(projected, layer, slots, is_t2i, mixed)
     kernel_of(shape, device)(arguments, blocks=blocks, threads=THREADS, attribute=PROGRAMMATIC if pdl else None)

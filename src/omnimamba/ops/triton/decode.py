@@ -325,7 +325,7 @@ def matrix_kernel(
     NUM_ROWS: tl.constexpr, K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out: [SPLITS, b, n] fp32, whose sum over the first axis is x @ weight.T: each program multiplies its part of the columns."""
+    """out: [SPLITS, b, n], whose sum over the first axis is x @ weight.T: each program multiplies its part of the columns."""
     start(PDL)
     o_m = tl.arange(0, TILE_M)
     o_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
@@ -341,16 +341,20 @@ def matrix_kernel(
         b_weight = tl.load(p_weight + k, mask=m_n[:, None], other=0.0).to(DOT)
         b_out = tl.dot(b_x, tl.trans(b_weight), b_out, input_precision="ieee")
     p_out = out + (tl.program_id(1) * NUM_ROWS + o_m)[:, None] * num_out + o_n[None, :]
-    tl.store(p_out, b_out, mask=m_m & m_n[None, :])
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m & m_n[None, :])
 
 
 @triton.jit
 def norm_kernel(
-    x, addend, weight, out, eps, conv, slots, newest, shift_first, conv_slot, newest_row,
-    K: tl.constexpr, TILE_K: tl.constexpr, NUM_ADDENDS: tl.constexpr,
+    x, addend, squares, weight, out, eps, conv, slots, newest, shift_first, conv_slot, newest_row,
+    K: tl.constexpr, TILE_K: tl.constexpr, NUM_ADDENDS: tl.constexpr, NUM_SQUARES: tl.constexpr, TILE_S: tl.constexpr,
+    SQUARES_K: tl.constexpr,
     SHIFT: tl.constexpr, W: tl.constexpr, TILE_C: tl.constexpr, TAPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = rms_norm(x), one row per program; x gains NUM_ADDENDS addends first."""
+    """out = rms_norm(x), one row per program; x gains NUM_ADDENDS addends first.
+
+    NUM_SQUARES: the addends have yet to be divided by the root mean square of SQUARES_K numbers, whose squares sum up to so many.
+    """
     start(PDL)
     i_row = tl.program_id(0)
     o_k = tl.arange(0, TILE_K)
@@ -360,8 +364,14 @@ def norm_kernel(
     p_x = x + i_row * K + o_k
     b_x = tl.load(p_x, mask=m_k, other=0.0).to(tl.float32)
     if NUM_ADDENDS:
+        b_added = tl.zeros((TILE_K,), tl.float32)
         for i in tl.static_range(NUM_ADDENDS):
-            b_x += tl.load(addend + (i * tl.num_programs(0) + i_row) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_added += tl.load(addend + (i * tl.num_programs(0) + i_row) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if NUM_SQUARES:
+            o_s = tl.arange(0, TILE_S)
+            b_squares = tl.load(squares + i_row * NUM_SQUARES + o_s, mask=o_s < NUM_SQUARES, other=0.0)
+            b_added *= 1 / tl.sqrt(tl.sum(b_squares, 0) / SQUARES_K + eps)
+        b_x += b_added
         tl.store(p_x, b_x, mask=m_k)
     b_out = b_x * (1 / tl.sqrt(tl.sum(b_x * b_x, 0) / K + eps)) * b_weight
     tl.store(out + i_row * K + o_k, b_out.to(out.dtype.element_ty), mask=m_k)
@@ -404,6 +414,13 @@ class Shift(NamedTuple):
     conv: Tensor
     slots: Tensor
     newest: Tensor
+
+
+class Squares(NamedTuple):
+    """Of rows of k numbers: `sums` [b, s], whose sum over the last axis is that of their squares."""
+
+    sums: Tensor
+    k: int
 
 
 def shift_arguments(shift: Shift | None, other: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:
@@ -478,25 +495,28 @@ def mix(
         )  # fmt: skip
 
 
-def matrix_parts(k: int) -> tuple[int, int]:
-    """How many parts of the k columns `multiply_parts` multiplies by themselves, and in tiles of how many; no part if it cannot."""
-    choices = ((splits, k // splits) for splits in (4, 2) if k % splits == 0)
-    tiles = ((splits, min(launch("decode_matrix", k).columns, part & -part)) for splits, part in choices)  # whole tiles, powers of two
-    return next(((splits, tile_k) for splits, tile_k in tiles if tile_k >= 16), (0, 0))
+def matrix_tile(k: int, parts: int) -> int:
+    """In tiles of how many columns `multiply_parts` multiplies each of so many parts of k columns; 0 if it cannot."""
+    part = k // parts
+    tile_k = min(launch("decode_matrix", k).columns, part & -part)  # whole tiles, powers of two
+    return tile_k if k % parts == 0 and tile_k >= 16 else 0
+
+
+def matrix_parts(k: int) -> int:
+    """In how many parts of k columns products of few rows and outputs are fastest; 0 if they cannot be made in parts."""
+    return next((parts for parts in (4, 2) if matrix_tile(k, parts)), 0)
 
 
 def multiply_parts(x: Tensor, weight: Tensor, out: Tensor, *, pdl: bool = False) -> None:
-    """out [parts, b, n] fp32, as many as `matrix_parts`, whose sum is x @ weight.T. x: [b, k] of few rows; weight: [n, k].
+    """out [parts, b, n], whose sum is x @ weight.T: each is the product of a part of the columns. x: [b, k] of few rows; weight: [n, k].
 
-    cuBLAS leaves half of the memory's rate unused where both rows and outputs are few.
+    cuBLAS leaves much of the memory's rate unused where rows are few, and lets neither kernel beside it start early.
     """
     b, k = x.shape
-    n = weight.shape[0]
-    splits, tile_k = matrix_parts(k)
-    choice = launch("decode_matrix", k)
+    (parts, _, n), choice = out.shape, launch("decode_matrix", k)
     with torch.cuda.device_of(x):
-        matrix_kernel[(triton.cdiv(n, choice.rows), splits)](
-            x, weight, out, n, NUM_ROWS=b, K=k, TILE_M=tile(b), TILE_N=choice.rows, TILE_K=tile_k, SPLITS=splits,
+        matrix_kernel[(triton.cdiv(n, choice.rows), parts)](
+            x, weight, out, n, NUM_ROWS=b, K=k, TILE_M=tile(b), TILE_N=choice.rows, TILE_K=matrix_tile(k, parts), SPLITS=parts,
             STAGES=choice.num_stages, DOT=dot_dtype(x.dtype), PDL=pdl, num_warps=choice.num_warps, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
 
@@ -508,17 +528,23 @@ def norm(
     *,
     eps: float,
     addend: Tensor | None = None,
+    squares: Squares | None = None,
     shift: Shift | None = None,
     pdl: bool = False,
 ) -> None:
-    """out = rms_norm(x); with an addend, or a stack of them, x gains it first, in place. x, out: [b, k]; addend: [b, k] or [a, b, k]."""
+    """out = rms_norm(x); with an addend, or a stack of them, x gains it first, in place. x, out: [b, k]; addend: [b, k] or [a, b, k].
+
+    squares: what the addend is the product of has yet to be normed, with the same eps.
+    """
     b, k = x.shape
+    sums, num = (out, 0) if squares is None else (squares.sums, squares.sums.shape[1])
     pointers, shift_sizes = shift_arguments(shift, out)
     choice = launch("decode_norm", k)
     with torch.cuda.device_of(x):
         norm_kernel[(b,)](
-            x, out if addend is None else addend, weight, out, eps, *pointers, K=k, TILE_K=triton.next_power_of_2(k),
-            NUM_ADDENDS=0 if addend is None else addend.numel() // x.numel(), **shift_sizes,
+            x, out if addend is None else addend, sums, weight, out, eps, *pointers, K=k, TILE_K=triton.next_power_of_2(k),
+            NUM_ADDENDS=0 if addend is None else addend.numel() // x.numel(), NUM_SQUARES=num, TILE_S=triton.next_power_of_2(max(1, num)),
+            SQUARES_K=1 if squares is None else squares.k, **shift_sizes,
             PDL=pdl, num_warps=choice.num_warps, num_stages=choice.num_stages,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

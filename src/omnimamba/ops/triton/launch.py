@@ -71,7 +71,10 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
         (torch.inf, Launch(8, 0, num_warps=8, num_stages=1)),
     ),
     # width: input channels; the rows are outputs, the columns inputs of a tile
-    "decode_matrix": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=4)),),
+    "decode_matrix": (
+        (2048, Launch(64, 64, num_warps=4, num_stages=6)),
+        (torch.inf, Launch(64, 128, num_warps=4, num_stages=4)),
+    ),
     # width: rows of the batch; its rows are channels of a head; states in fp32, and in half precision
     "decode_mix": (
         (2, Launch(32, 0, num_warps=4, num_stages=1)),
