@@ -16,6 +16,7 @@ from omnimamba.engine.runner import DecodeSample, Runner
 from omnimamba.engine.sampler import SamplingRows, guide, sample, stream_key
 from omnimamba.model.omnimamba import OmniMambaModel, cast
 from omnimamba.model.quantize import quantize_model
+from omnimamba.ops.cuda import mix_rows
 from omnimamba.ops.quant import QuantizedWeight
 from omnimamba.ops.triton import decode as kernel
 from omnimamba.ops.triton import decode_sample as sampling
@@ -123,6 +124,33 @@ def test_a_step_equals_the_plain_one(model, monkeypatch, path, name, dtype):
     idle = [slot for slot in range(NUM_SLOTS) if slot not in [slot for slot, _ in rows]]
     for part in ("conv", "ssm"):
         assert torch.equal(getattr(runner.state, part)[:, idle], getattr(before, part)[:, idle])
+
+
+def test_a_step_whose_states_are_streamed(model, monkeypatch):
+    """What is around `mix_rows`, in whose place Triton's kernel makes the same (tests/ops/cuda has its own tests)."""
+    shape = mix_rows.Shape(model.config.backbone.d_inner, 4, 512, 3, False, 3)  # tiles of two channels
+    calls = []
+
+    def streamed(shape, projected, layer, slots, is_t2i, mixed, *, pdl):
+        calls.append(layer)
+        y = torch.full(mixed.gated.shape, torch.nan, device=projected.device)
+        kernel.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, slots, is_t2i, y, mixed.newest, pdl=pdl)
+        mixed.gated.copy_(y * layer.gated_norm)
+        mixed.squares.copy_(y.square().unflatten(1, (shape.row_tiles, -1)).sum(2))
+
+    monkeypatch.setattr(mix_rows, "device_shape", lambda layer, num_rows, device: shape)
+    monkeypatch.setattr(mix_rows, "mix_rows", streamed)
+    batch, options = BATCHES["padded"], DecodeOptions(max_vector_rows=0, min_streamed_rows=3)
+    runner, expected = runner_of(model), runner_of(model)
+    decoder = FusedDecoder(model, runner.state, runner.image_table, options=options)
+    poison(decoder, monkeypatch)
+    found, rows = decoder.logits(batch), rows_of(batch)
+    assert len(calls) == len(decoder.layers)
+    logits = expected.decode([slot for slot, _ in rows], [s.task for _, s in rows], [s.token for _, s in rows])
+    for task, wanted in logits.items():
+        assert_near(found[task][[i for i, (_, s) in enumerate(rows) if s.task is task]], wanted, 1e-5)
+    assert_near(runner.state.ssm, expected.state.ssm, 1e-5)
+    assert_near(runner.state.conv, expected.state.conv, 1e-5)
 
 
 @pytest.mark.parametrize(("scheme", "path"), [("int8", "vector"), ("int8", "matrix"), ("fp8", "matrix")])
