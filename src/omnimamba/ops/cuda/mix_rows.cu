@@ -19,9 +19,9 @@ constexpr int HEADDIM = D_INNER / NUM_HEADS;
 constexpr int CHANNEL_BYTES = D_STATE * STATE_BYTES;
 constexpr int TILE = TILE_BYTES / CHANNEL_BYTES;  // channels
 constexpr int ROW_TILES = D_INNER / TILE, CHUNK_TILES = CHUNK / TILE;
-constexpr int AT_ONCE = 8;  // channels whose states a lane has in registers
-constexpr int PREPARING = NUM_PREPARING * WARP;  // threads
-constexpr int OWN = CHUNK / PREPARING;  // channels of a chunk that a thread prepares
+constexpr int AT_ONCE = 8;                             // channels whose states a lane has in registers
+constexpr int PREPARING = NUM_PREPARING * WARP;        // threads
+constexpr int OWN = CHUNK / PREPARING;                 // channels of a chunk that a thread prepares
 constexpr int THREADS = NUM_WARPS * WARP + PREPARING;  // and so many rows at most
 
 static_assert(TILE % AT_ONCE == 0 && HEADDIM % TILE == 0 && CHUNK % TILE == 0 && CHUNK % PREPARING == 0);
@@ -57,7 +57,8 @@ struct Row {
 
 // What the update of a channel's state needs.
 struct Channel {
-    float decay, input, skipped, gate, weight, padding;
+    float decay, input;  // read together
+    float skipped, gate, weight, padding;
 };
 
 struct Shared {
