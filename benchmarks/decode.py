@@ -223,7 +223,6 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
                 2 * b * decoder.layers[0].ssm[0].nbytes,
             )
         }
-        streamed = mix_rows.device_shape(decoder.layers[0], b, model.device)
         if b == 1:
             runs |= {
                 "in_proj": (
@@ -252,6 +251,7 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
                     decoder.layers[0].out_proj.values.nbytes,
                 ),
             }
+            streamed = mix_rows.device_shape(decoder.layers[0], b, model.device)
             if streamed is not None:
                 made = mix_rows.Mixed(gated, torch.zeros(b, streamed.row_tiles, device=device), newest)
                 runs["mix, streamed"] = (

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import COOPERATIVE, Kernel, is_available
+from omnimamba.ops.cuda.compile import COOPERATIVE, Kernel, can_run
 from omnimamba.ops.triton.decode import LayerWeights, Weight
 
 SOURCES = ("primitives.cuh", "mixer.cuh", "backbone_step.cu")
@@ -128,10 +128,8 @@ class Shape(NamedTuple):
 
 
 def device_shape(layer: LayerWeights, heads: Sequence[Weight], num_rows: int, device: torch.device) -> Shape | None:
-    """What to compile for this device; None if the kernel cannot run there: it needs compute capability 9.0 and NVRTC."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
-        return None
-    if not is_available():
+    """What to compile for this device; None if the kernel cannot run there."""
+    if not can_run(device):
         return None
     properties = torch.cuda.get_device_properties(device)
     return Shape.of(layer, heads, num_rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)

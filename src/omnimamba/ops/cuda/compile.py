@@ -60,6 +60,13 @@ def is_available() -> bool:
     return True
 
 
+def can_run(device: torch.device) -> bool:
+    """Whether the kernels of this folder run there: they need bulk copies, so compute capability 9.0, and NVRTC."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0) and is_available()
+    )
+
+
 def fetch(program: ctypes.c_void_p, size_of: ctypes._FuncPointer, copy: ctypes._FuncPointer) -> bytes:
     size = ctypes.c_size_t()
     check_nvrtc(size_of(program, ctypes.byref(size)))

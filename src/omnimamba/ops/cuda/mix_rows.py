@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, is_available
+from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, can_run
 from omnimamba.ops.triton.decode import LayerWeights
 
 SOURCES = ("primitives.cuh", "mixer.cuh", "mix_rows.cu")
@@ -96,10 +96,8 @@ class Shape(NamedTuple):
 
 
 def device_shape(layer: LayerWeights, num_rows: int, device: torch.device) -> Shape | None:
-    """What to compile for this device; None if the kernel cannot run there: it needs compute capability 9.0 and NVRTC."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
-        return None
-    if not is_available():
+    """What to compile for this device; None if the kernel cannot run there."""
+    if not can_run(device):
         return None
     return Shape.of(layer, num_rows, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
