@@ -152,7 +152,7 @@ class TowerConfig:
     """One frozen image encoder of the understanding path, built by `timm.create_model(timm_name, **timm_kwargs)`.
 
     Its tokens are the features after block `layer` (negative counts from the end; -2 is the second-to-last, as in
-    Prismatic/Cobra), flattened to `num_tokens` rows of `dim` numbers.
+    Prismatic/Cobra), flattened to rows of `dim` numbers; `num_tokens` of them.
     """
 
     timm_name: str
@@ -163,6 +163,8 @@ class TowerConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     timm_kwargs: tuple[tuple[str, Any], ...] = ()
+    mean_token: bool = False
+    """The mean of the rows follows them as one more token, which `num_tokens` counts. Not in the paper."""
 
     def __post_init__(self) -> None:
         require_positive(dim=self.dim, image_size=self.image_size, num_tokens=self.num_tokens)
@@ -286,6 +288,8 @@ class OmniMambaConfig:
             del values["quantization"]  # a saved state stays bound to the fingerprint that its model has had
         for tower in values["towers"].values():
             tower["timm_kwargs"] = dict(tower["timm_kwargs"])
+            if not tower["mean_token"]:
+                del tower["mean_token"]  # likewise
         return values
 
     @classmethod
@@ -359,9 +363,10 @@ _NANO = OmniMambaConfig(
             "resnet34",
             dim=320,
             image_size=128,
-            num_tokens=16,
+            num_tokens=17,
             layer=-1,
             timm_kwargs=(("channels", (48, 96, 192, 320)),),
+            mean_token=True,
         )
     },
     text_vocab_size=2048,

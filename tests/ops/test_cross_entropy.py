@@ -71,3 +71,16 @@ def test_shares(chunk):
     expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.mT, labels, reduction="none") @ shares, (hidden, weight))
     for gradient, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("chunk", [0, 5, 36])
+def test_probabilities_as_labels(chunk):
+    hidden, weight, labels = inputs()
+    probabilities, shares = torch.rand(len(hidden), len(weight)).softmax(1), torch.rand(len(hidden))
+    found = linear_cross_entropy(hidden, weight, probabilities, shares=shares, chunk=chunk)
+    expected = -((hidden @ weight.mT).log_softmax(1) * probabilities).sum(1) @ shares
+    torch.testing.assert_close(found, expected)
+    for gradient, wanted in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+    certain = F.one_hot(labels, len(weight)).bfloat16()
+    torch.testing.assert_close(*(linear_cross_entropy(hidden, weight, target, chunk=chunk) for target in (certain, labels)))

@@ -9,9 +9,10 @@ from omnimamba.config import Task
 from omnimamba.data.augment import Augmentation, normalise, unit_range
 from omnimamba.train import loop
 from omnimamba.train.config import LookalikeTraining, Recipe
-from omnimamba.train.lookalikes import Lookalikes
+from omnimamba.train.lookalikes import Lookalikes, _blend
 from omnimamba.train.omnimamba import OmniMambaObjective
 from omnimamba.train.run import make_objective
+from omnimamba.train.task_data import NUM_MARKERS
 
 CPU = torch.device("cpu")
 VERSIONS = 5
@@ -80,6 +81,31 @@ def test_training_uses_them_and_validation_does_not(taught):
     loop.run(objective, taught, CPU)
 
 
+def test_soft_labels_are_what_the_tower_gives_other_texts(taught):
+    soft = dataclasses.replace(taught, lookalikes=dataclasses.replace(taught.lookalikes, soft=True))
+    hard_batch, objective = made(taught).batch(0)[Task.MMU], made(soft)
+    batch, data = objective.batch(0)[Task.MMU], objective.mmu
+    assert torch.equal(batch.ids, hard_batch.ids) and torch.equal(batch.places, hard_batch.places)
+    labels, is_label = hard_batch.labels, hard_batch.shares > 0
+    torch.testing.assert_close(batch.labels[is_label].sum(1), torch.ones(int(is_label.sum())))
+    idx = objective.mmu_sampler.indices(0)
+    rows = batch.places // (batch.ids.shape[1] - NUM_MARKERS)
+    kinds = [data.samples[i].kind for i in idx]
+    is_name = torch.tensor([kinds[row] == "name" for row in rows.tolist()]) & is_label
+    certain = torch.nn.functional.one_hot(labels, objective.config.text_vocab_size).float()
+    assert is_name.any() and not torch.equal(batch.labels[is_name], certain[is_name])
+    assert torch.equal(batch.labels[is_label & ~is_name], certain[is_label & ~is_name])
+    assert (batch.labels[is_name] * certain[is_name]).sum(1).min() > 0  # what is said may be said
+    loop.run(objective, soft, CPU)
+
+
+def test_blends_weigh_at_least_so_much(taught):
+    settings = dataclasses.replace(taught.lookalikes, blend=1.0, least_weight=0.5)
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)] * 8)
+    blended = _blend(images, settings, torch.Generator().manual_seed(0)).flatten(1)
+    assert set(blended.unique().tolist()) == {0.0, 0.5, 1.0}  # like with like, and halves
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -87,6 +113,7 @@ def test_training_uses_them_and_validation_does_not(taught):
         ({"labels": {"name": "caption"}}, "belong together"),
         ({"versions": -1, "labels": {"name": "caption"}}, "lookalikes.versions=-1"),
         ({"versions": 2, "labels": {"name": "caption"}, "blend": 1.5}, "lookalikes.blend=1.5"),
+        ({"versions": 2, "labels": {"name": "caption"}, "least_weight": 0.6}, "lookalikes.least_weight=0.6"),
     ],
 )
 def test_impossible_settings(changes, message):

@@ -193,17 +193,19 @@ class OmniMambaModel(nn.Module):
         chunk: int = 0,
         recompute: bool = False,
     ) -> Tensor:
-        """The summed cross entropy of the labels [n] at `places` [n]; nothing here waits to know how many there are.
+        """The summed cross entropy of the labels, [n] or probabilities [n, v], at `places` [n]; nothing here waits to know how many
+        there are.
 
         shares: [n] fp32, what each counts (None: one each); the other arguments as `mmu_hidden` and `t2i_loss_sum`.
         """
         return self.loss_sum(self.mmu_hidden(ids, places, features, image_rows, recompute=recompute), labels, Task.MMU, chunk, shares)
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, task: Task, chunk: int, shares: Tensor | None = None) -> Tensor:
-        """The summed cross entropy of labels [n] of a task's vocabulary. hidden: [n, d]; shares as in `linear_cross_entropy`."""
+        """The summed cross entropy of labels of a task's vocabulary. hidden: [n, d]; labels and shares as in `linear_cross_entropy`."""
         text, image = self.text_embedding.weight, self.image_embedding.weight
         if self.config.unified_vocabulary:
-            head, labels = torch.cat([text, image]), labels + len(text) * (task is Task.T2I)
+            head, (before, after) = torch.cat([text, image]), (len(text), 0) if task is Task.T2I else (0, len(image))
+            labels = labels + before if labels.ndim == 1 else F.pad(labels, (before, after))
         else:
             head = image if task is Task.T2I else text
         return linear_cross_entropy(hidden, head, labels, shares=shares, chunk=chunk)

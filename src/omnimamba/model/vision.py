@@ -45,7 +45,8 @@ class VisionTowers(nn.Module):
         for name, tower in self.towers.items():
             batch = pixels[name] if takes_image_size(tower) else doubled_if_alone(pixels[name])
             (features,) = intermediates(tower, batch, [self.configs[name].layer])
-            tokens.append(features[: len(pixels[name])].flatten(2).mT)  # [b, c, h, w] to [b, h*w, c]
+            rows = features[: len(pixels[name])].flatten(2).mT  # [b, c, h, w] to [b, h*w, c]
+            tokens.append(torch.cat([rows, rows.mean(1, keepdim=True)], 1) if self.configs[name].mean_token else rows)
         return torch.cat(tokens, dim=-1)
 
     def feature_maps(self, pixels: Mapping[str, Tensor]) -> list[Tensor]:
@@ -137,4 +138,4 @@ def feature_shape(model: nn.Module, config: TowerConfig) -> tuple[int, int]:
     shapes = {key: value.to("meta") for key, value in (*extractor.named_parameters(), *extractor.named_buffers())}
     pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
     _, dim, h, w = torch.func.functional_call(extractor, shapes, (pixels,)).shape
-    return h * w, dim
+    return h * w + config.mean_token, dim

@@ -14,13 +14,15 @@ from torch import Tensor
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, shares: Tensor | None = None, chunk: int = 0) -> Tensor:
-    """The summed cross entropy of labels [n] under softmax(hidden @ weight.T), fp32. hidden: [n, d]; weight: [v, d].
+    """The summed cross entropy of labels under softmax(hidden @ weight.T), fp32. hidden: [n, d]; weight: [v, d].
 
-    shares: [n] fp32, what each position counts (None: one each). chunk: positions at once; 0 is all, which is the reference.
+    labels: [n] classes, or [n, v] probabilities that sum to one in each row. shares: [n] fp32, what each position counts (None: one each).
+    chunk: positions at once; 0 is all, which is the reference.
     """
     shares = torch.ones(len(hidden), device=hidden.device) if shares is None else shares
     if 0 < chunk < len(hidden):
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, shares, chunk)  # type: ignore[return-value]
+    labels = labels.float() if labels.ndim == 2 else labels
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none").mul(shares).sum()
 
 
@@ -37,12 +39,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, device=weight.device) if needs_weight else None
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
-                x, target = hidden[rows].to(dtype), labels[rows, None]
+                x, target = hidden[rows].to(dtype), labels[rows]
                 scores = F.linear(x, head).float()
                 log_sum = scores.logsumexp(1, keepdim=True)
-                loss += ((log_sum - scores.gather(1, target))[:, 0] * shares[rows]).sum()
-                grad = scores.sub_(log_sum).exp_()  # softmax, and below minus one at the label: the gradient of the scores
-                grad = grad.scatter_add_(1, target, grad.new_full((), -1).expand_as(target)).mul_(shares[rows, None]).to(dtype)
+                # the gradient of the scores: softmax minus probability, which is one at a label
+                if target.ndim == 2:
+                    probabilities = target.float()
+                    loss += ((log_sum[:, 0] - (scores * probabilities).sum(1)) * shares[rows]).sum()
+                    grad = scores.sub_(log_sum).exp_().sub_(probabilities)
+                else:
+                    target = target[:, None]
+                    loss += ((log_sum - scores.gather(1, target))[:, 0] * shares[rows]).sum()
+                    grad = scores.sub_(log_sum).exp_()
+                    grad = grad.scatter_add_(1, target, grad.new_full((), -1).expand_as(target))
+                grad = grad.mul_(shares[rows, None]).to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ head
                 if grad_weight is not None:

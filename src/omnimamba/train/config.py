@@ -271,6 +271,11 @@ class LookalikeTraining:
     """Share of the copies that are neither changed nor blended."""
     temperature: float = 1.0
     """Of the tower's probabilities: below 1, what it thinks most probable is drawn more often."""
+    least_weight: float = 0.0
+    """Of the other image in a blend; the most is a half."""
+    soft: bool = False
+    """Answers that are a text of a column are learned with what the tower gives the other texts: each token with the probabilities of all
+    that may follow the ones before it."""
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
     """For a kind of question the text column of the Parquet files that it depends on, as in { name = "caption" }. Questions of other
     kinds come with a version of their own image."""
@@ -278,6 +283,7 @@ class LookalikeTraining:
     def __post_init__(self) -> None:
         at_least("lookalikes", self, 0, "versions")
         at_least("lookalikes", self, 0, "blend", "plain", at_most=1)
+        at_least("lookalikes", self, 0, "least_weight", at_most=0.5)
         at_least("lookalikes", self, 0.01, "temperature")
         if not isinstance(self.labels, dict) or not all(isinstance(column, str) for column in self.labels.values()):
             raise ValueError(f'lookalikes.labels={self.labels}; pass a column for each kind of question, as in {{ name = "caption" }}')

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +21,24 @@ from omnimamba.config import TowerConfig
 from omnimamba.data.augment import augment, normalise, unit_range
 from omnimamba.data.images import InMemoryImages, read_parquet_rows
 from omnimamba.eval.judge import Judge
-from omnimamba.train.config import Recipe
+from omnimamba.train.config import LookalikeTraining, Recipe
 
 IMAGES_AT_ONCE = 512
+
+
+class Taught(NamedTuple):
+    """The tower's probabilities of all texts, as what they follow from."""
+
+    images: Tensor
+    """[versions * n, d] embeddings of the features."""
+    texts: Mapping[str, Tensor]
+    """By column [t, d], embeddings of its texts times the scale of the scores."""
+    vocabularies: Mapping[str, Sequence[str]]
+    """By column the texts."""
+
+    def chances(self, column: str, rows: list[int]) -> Tensor:
+        """Probabilities [b, t] of a column's texts for rows of the features."""
+        return (self.images[rows] @ self.texts[column].T).softmax(-1)
 
 
 class Lookalikes:
@@ -35,11 +51,13 @@ class Lookalikes:
         columns: Mapping[str, str],
         texts: Mapping[str, Sequence[int]],
         drawn: Mapping[str, np.ndarray],
+        taught: Taught | None = None,
     ) -> None:
         """features: [versions * n, k, d], version after version; position: of each of the n images by name; columns: the label column of
-        each kind of question; texts: by column, the index of each image's own text; drawn: by column, that of the text drawn for each row.
+        each kind of question; texts: by column, the index of each image's own text; drawn: by column, that of the text drawn for each row;
+        taught: what the tower's probabilities follow from, for soft labels.
         """
-        self.features, self.position, self.columns, self.texts = features, position, columns, texts
+        self.features, self.position, self.columns, self.texts, self.taught = features, position, columns, texts, taught
         self.rows = {}
         for column, of_row in drawn.items():
             order = np.argsort(of_row, kind="stable")
@@ -68,26 +86,30 @@ def find_lookalikes(recipe: Recipe, split: str, images: InMemoryImages, device: 
     vocabularies = {column: sorted({labels[name][column] for name in images.names}) for column in columns}
     index = {column: {text: i for i, text in enumerate(texts)} for column, texts in vocabularies.items()}
     own = {column: [index[column][labels[name][column]] for name in images.names] for column in columns}
-    embedded = {column: judge.embed_texts(texts) for column, texts in vocabularies.items()}
+    scale = judge.heads.logit_scale.exp() / settings.temperature
+    embedded = {column: scale * judge.embed_texts(texts) for column, texts in vocabularies.items()}
     generator = torch.Generator(device).manual_seed(recipe.train.seed)
     ((name, tower),) = judge.config.towers.items()
     features: list[Tensor] = []
+    embeddings: list[Tensor] = []
     drawn: dict[str, list[Tensor]] = {column: [] for column in columns}
     for _ in range(settings.versions):
         for start in range(0, len(images), IMAGES_AT_ONCE):
             pixels = images.get(range(start, min(start + IMAGES_AT_ONCE, len(images)))).to(device)
             whole = unit_range(pixels)
-            changed = _blend(augment(whole, recipe.augment, generator), settings.blend, generator)
+            changed = _blend(augment(whole, recipe.augment, generator), settings, generator)
             is_plain = torch.rand(len(pixels), generator=generator, device=generator.device) < settings.plain
             changed = torch.where(is_plain.to(device).view(-1, 1, 1, 1), whole, changed)
             seen = _see(judge, name, tower, changed)
             features.append(seen.to(torch.bfloat16))
             image = judge.heads.embed_features(seen.float())
+            embeddings.append(image)
             for column, text in embedded.items():
-                chances = (judge.heads.scores(image, text) / settings.temperature).softmax(-1)
+                chances = (image @ text.T).softmax(-1)
                 drawn[column].append(torch.multinomial(chances, 1, generator=generator)[:, 0].cpu())
     texts_of_rows = {column: torch.cat(parts).numpy() for column, parts in drawn.items()}
-    return Lookalikes(torch.cat(features), images.position, settings.labels, own, texts_of_rows)
+    taught = Taught(torch.cat(embeddings), embedded, vocabularies) if settings.soft else None
+    return Lookalikes(torch.cat(features), images.position, settings.labels, own, texts_of_rows, taught)
 
 
 def _see(judge: Judge, name: str, tower: TowerConfig, images: Tensor) -> Tensor:
@@ -95,10 +117,11 @@ def _see(judge: Judge, name: str, tower: TowerConfig, images: Tensor) -> Tensor:
         return judge.vision({name: normalise(images, tower.mean, tower.std)})
 
 
-def _blend(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Images of which about `share` are blended with another one, which weighs up to a half."""
+def _blend(images: Tensor, settings: LookalikeTraining, generator: torch.Generator) -> Tensor:
+    """Images of which about the share `blend` is blended with another one, which weighs up to a half."""
     b = len(images)
     other = torch.randperm(b, generator=generator, device=generator.device).to(images.device)
-    is_blended = torch.rand(b, generator=generator, device=generator.device) < share
-    weight = torch.rand(b, generator=generator, device=generator.device) / 2 * is_blended
+    is_blended = torch.rand(b, generator=generator, device=generator.device) < settings.blend
+    weight = torch.rand(b, generator=generator, device=generator.device)
+    weight = torch.lerp(torch.full_like(weight, settings.least_weight), torch.full_like(weight, 0.5), weight) * is_blended
     return torch.lerp(images, images[other], weight.to(images.device).view(b, 1, 1, 1))

@@ -110,6 +110,9 @@ class OmniMambaObjective(Objective):
                 self.t2i_sampler = EpochSampler(len(self.t2i.captions), train.t2i_batch, train.seed)
             if recipe.data.val_split:
                 self.val_t2i = PaintingData(recipe, recipe.data.val_split, tok, self.config, self.vq, device, broken, kept)
+        self.batch_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.batch_stream is not None:
+            self.batch_stream.wait_stream(torch.cuda.current_stream(device))
         self.losses = distribute(TaskLosses(self.model, train), self.model.backbone.layers, train.parallel, processes, device)
 
     def summary(self) -> str:
@@ -134,15 +137,30 @@ class OmniMambaObjective(Objective):
     # ---- batches
 
     def batch(self, step: int) -> dict[Task, Any]:
-        """The batch of each task; for a GPU in page-locked memory, from which it is copied without waiting."""
+        """The batch of each task; for a GPU in page-locked memory, from which it is copied without waiting, or there already. What has
+        to wait for the GPU then does so on a stream of its own, not behind the steps that are under way."""
+        if self.batch_stream is None:
+            return self._batch(step)
+        with torch.cuda.stream(self.batch_stream):
+            batches = self._batch(step)
+        self.batch_stream.synchronize()
+        steps_stream = torch.cuda.default_stream(self.device)
+
+        def ready(tensor: Tensor) -> Tensor:
+            if not tensor.is_cuda:
+                return tensor.pin_memory()
+            tensor.record_stream(steps_stream)  # its memory is not written again before a step has read it
+            return tensor
+
+        return mapped(batches, ready)
+
+    def _batch(self, step: int) -> dict[Task, Any]:
         batches: dict[Task, Any] = {}
         if self.mmu is not None:
             batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step), self.rng(step, "images"), self.processes)
         if self.t2i is not None:
             dropout = self.recipe.train.caption_dropout
             batches[Task.T2I] = self.t2i.batch(self.t2i_sampler.indices(step), self.rng(step, "captions"), dropout, self.processes)
-        if self.device.type == "cuda":
-            return mapped(batches, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
         return batches
 
     def rng(self, step: int, stream: str) -> np.random.Generator:

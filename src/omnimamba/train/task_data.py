@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, nearest_name
+from omnimamba.config import IGNORE_INDEX, OmniMambaConfig, PromptStyle, nearest_name
 from omnimamba.data.augment import augment
 from omnimamba.data.huggingface import COLUMN, column_captions, column_conversations, open_dataset, open_dataset_images
 from omnimamba.data.images import BrokenImages, Images, InMemoryImages, open_folder_images, open_parquet_images
@@ -24,8 +24,9 @@ from omnimamba.data.text import Captions, Conversation, read_captions, read_conv
 from omnimamba.model.vq import VQModel
 from omnimamba.processor import prompt as layout
 from omnimamba.processor.tokenizer import TextTokenizer
+from omnimamba.train.answer_tree import AnswerTree
 from omnimamba.train.config import Data, Recipe
-from omnimamba.train.lookalikes import Lookalikes, find_lookalikes
+from omnimamba.train.lookalikes import Lookalikes, Taught, find_lookalikes
 from omnimamba.train.parallel import ALONE, Processes
 
 logger = logging.getLogger("omnimamba.train")
@@ -50,7 +51,7 @@ class MMUBatch(NamedTuple):
     places: Tensor
     """[n] where the labels are in the text [b * t], in order."""
     labels: Tensor
-    """[n]"""
+    """[n], or with lookalikes.soft probabilities [n, v]"""
     shares: Tensor
     """fp32 [n], what each label counts in the summed loss: 1, or with train.mean_by_sample 1 over those of its row. 0: padding."""
     num_labels: Tensor
@@ -139,16 +140,20 @@ class UnderstandingData:
                 num_too_long + len(self.samples),
                 limit,
             )
-        self.tok, self.limit, self.by_sample = tok, limit, recipe.train.mean_by_sample
+        self.tok, self.limit, self.by_sample, self.vocab_size = tok, limit, recipe.train.mean_by_sample, config.text_vocab_size
         names = list(dict.fromkeys(sample.image for sample in self.samples if sample.image is not None))
         self.images = open_images(data, split, names, tower_image_size(config), "naive", device, broken, kept)
         self.samples = [sample for sample in self.samples if sample.image is None or sample.image in self.images.position]
         if not self.samples:
             raise ValueError("data.conversations: no sample is left without the images that are missing")
         self.lookalikes: Lookalikes | None = None
+        self.trees: dict[str, AnswerTree] = {}
         if recipe.lookalikes.versions and split == data.train_split:
             assert isinstance(self.images, InMemoryImages)
             self.lookalikes = find_lookalikes(recipe, split, self.images, device)
+            if (taught := self.lookalikes.taught) is not None:
+                in_ids = functools.partial(layout.answer_ids, tok, style=PromptStyle.IN_OUT)
+                self.trees = {column: AnswerTree(list(map(in_ids, texts)), device) for column, texts in taught.vocabularies.items()}
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -157,20 +162,45 @@ class UnderstandingData:
     def batch(self, idx: list[int], rng: np.random.Generator, processes: Processes = ALONE) -> MMUBatch:
         """This process's share of the samples of a step."""
         num_labels = len(idx) if self.by_sample else count_labels(self.samples[i] for i in idx)
+        labels: Tensor | None = None
         if self.lookalikes is None:
             samples, images = self.with_images(processes.share(idx))
         else:
-            samples, images = self.with_lookalikes(self.lookalikes, idx, rng, processes)
-        return mmu_batch(self.tok, samples, images, self.limit, num_labels, by_sample=self.by_sample)
+            samples, images, labels = self.with_lookalikes(self.lookalikes, idx, rng, processes)
+        return mmu_batch(self.tok, samples, images, self.limit, num_labels, by_sample=self.by_sample, soft_labels=labels)
 
     def with_lookalikes(
         self, lookalikes: Lookalikes, idx: list[int], rng: np.random.Generator, processes: Processes
-    ) -> tuple[list[UnderstandingSample], list[Tensor]]:
-        """This process's samples and features of what the tower takes for the images of those that have one."""
-        samples = [self.samples[i] for i in idx]
-        rows = [None if sample.image is None else lookalikes.draw(sample.image, sample.kind, rng) for sample in samples]
-        mine = [row for row in processes.share(rows) if row is not None]
-        return processes.share(samples), list(lookalikes.features[mine])
+    ) -> tuple[list[UnderstandingSample], list[Tensor], Tensor | None]:
+        """This process's samples, features of what the tower takes for the images of those that have one, and their soft labels if any."""
+        drawn = [None if (name := self.samples[i].image) is None else lookalikes.draw(name, self.samples[i].kind, rng) for i in idx]
+        samples, rows = [self.samples[i] for i in processes.share(idx)], processes.share(drawn)
+        labels = None if lookalikes.taught is None else self.soft_labels(lookalikes, lookalikes.taught, samples, rows)
+        return samples, list(lookalikes.features[[row for row in rows if row is not None]]), labels
+
+    def soft_labels(self, lookalikes: Lookalikes, taught: Taught, samples: list[UnderstandingSample], rows: list[int | None]) -> Tensor:
+        """Probabilities [n, v] in place of the n labels of the samples; those of answers that are a text of a column are the tower's."""
+        answers = [[label for label in sample.labels if label != IGNORE_INDEX] for sample in samples]
+        lengths = torch.tensor([len(answer) for answer in answers])
+        starts = lengths.cumsum(0) - lengths
+        labels = torch.zeros(int(lengths.sum()), self.vocab_size, device=taught.images.device)
+        labels.scatter_(1, joined_rows(answers)[:, None].to(labels.device), 1)
+        for column, tree in self.trees.items():
+            members, own, seen = [], [], []
+            for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+                if row is None or lookalikes.columns.get(sample.kind) != column:
+                    continue
+                text = lookalikes.texts[column][lookalikes.position[str(sample.image)]]
+                if answers[i] == tree.answers[text]:
+                    members.append(i)
+                    own.append(text)
+                    seen.append(row)
+            if members:
+                chances = taught.chances(column, seen)
+                for depth, found in enumerate(tree.next_tokens(chances, torch.tensor(own, device=chances.device), self.vocab_size)):
+                    places = starts[members][lengths[members] > depth] + depth
+                    labels[places.to(labels.device)] = found
+        return labels
 
     def with_images(self, idx: list[int]) -> tuple[list[UnderstandingSample], list[Tensor]]:
         """The samples and the images of those that have one. The next sample takes the place of one whose image is broken."""
@@ -248,8 +278,10 @@ def mmu_batch(
     num_labels: int,
     *,
     by_sample: bool,
+    soft_labels: Tensor | None = None,
 ) -> MMUBatch:
-    """images: those of the samples that have one, in order; limit: tokens of the longest text that there can be."""
+    """images: those of the samples that have one, in order; limit: tokens of the longest text that there can be; soft_labels:
+    probabilities [n, v] in place of the n labels of the samples."""
     lengths = torch.tensor([len(sample.ids) for sample in samples])
     markers = torch.tensor([*layout.mmu_before_image(tok), *layout.mmu_after_image(tok)])
     length = padded_length(NUM_MARKERS + int(lengths.max()), NUM_MARKERS + limit)
@@ -264,7 +296,7 @@ def mmu_batch(
     return padded_batch(
         torch.cat([markers.expand(len(samples), -1), text], dim=1),
         places,
-        labels[is_label],
+        labels[is_label] if soft_labels is None else soft_labels,
         1 / rows.bincount()[rows] if by_sample else torch.ones(len(places)),
         torch.tensor(float(num_labels)),
         torch.stack(images) if images else None,
