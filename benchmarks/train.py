@@ -2,29 +2,35 @@
 
     PYTHONPATH=src python3 benchmarks/train.py --json out.json
     PYTHONPATH=src python3 benchmarks/train.py --profile --cases "1.3b stage 2" --variants chunk
+    PYTHONPATH=src torchrun --nproc-per-node 2 benchmarks/train.py --cases "1.3b stage 1 T2I"
 
 The training loop itself runs, batches, augmentation and frozen encoders included; the figures are those of its log, without the first
 interval, in which kernels are compiled and graphs recorded. First all variants train a tiny model in fp32: if their losses differ,
-nothing is timed, and the exit code is 1. MFU: products and convolutions of a step that need no second pass over a block, as PyTorch
-counts them (those in our kernels are left out), over the rate of a large bf16 product in the same run. Needs the extra `train` without
-pyarrow, and a CUDA device. With --profile the kernels of a step by their time, and what a step keeps for its backward pass by shape.
-The last line on stdout is JSON.
+nothing is timed, and the exit code is 1. Under torchrun the variants are ways of spreading a step over its processes, a GPU each; their
+losses have to be those of one process alone, and memory is that of the first GPU. MFU: products and convolutions of a step that need no
+second pass over a block, as PyTorch counts them (those in our kernels are left out), over the rate of a large bf16 product in the same
+run. Needs the extra `train` without pyarrow, and a CUDA device. With --profile the kernels of a step by their time, and what a step keeps
+for its backward pass by shape. The last line on stdout is JSON.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
+import shutil
 import statistics
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from _measure import Memory, kernels, milliseconds
 from _report import add_json_option, begin, finish
 from PIL import Image
@@ -41,6 +47,7 @@ from omnimamba.train.config import Recipe, read_recipe
 from omnimamba.train.metrics import LOG_FILE, read_log
 from omnimamba.train.omnimamba import OmniMambaObjective, TaskLosses
 from omnimamba.train.optim import adamw, trainable
+from omnimamba.train.parallel import ALONE, Processes, joined_processes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NUM_IMAGES = 4
@@ -60,6 +67,7 @@ class Case:
 
 CASES = {
     "1.3b stage 2": Case("1.3b/3-stage2.toml", 110, 110),
+    "1.3b stage 2, 4 MMU": Case("1.3b/3-stage2.toml", 110, 110, ("train.mmu_batch=4",)),
     "1.3b stage 1 T2I": Case("1.3b/2-stage1-t2i.toml", overrides=("train.t2i_batch=90",)),
     "nano stage 2": Case("nano/6-stage2.toml", 8, 3),
     "tiny": Case("nano/6-stage2.toml", 8, 3, ("preset=tiny", "train.mmu_batch=6", "train.t2i_batch=4", "train.precision=fp32")),
@@ -74,6 +82,14 @@ VARIANTS = {
     "recompute, chunk": ("train.recompute=true", CHUNK),
     "graphs, recompute, chunk": ("train.graphs=true", "train.recompute=true", CHUNK),
 }
+SPREAD = {
+    "ddp, chunk": ("train.parallel=ddp", CHUNK),
+    "fsdp, chunk": ("train.parallel=fsdp", CHUNK),
+    "fsdp, recompute, chunk": ("train.parallel=fsdp", "train.recompute=true", CHUNK),
+}
+"""Variants for several processes."""
+NOT_RANDOM = ("model.lora.dropout=0.0", "train.image_token_noise=0.0", "augment={}")
+"""For losses that several processes can share: each draws noise of its own."""
 
 
 class TimedObjective(OmniMambaObjective):
@@ -110,40 +126,48 @@ def made_up(case: Case, variant: str, folder: Path, steps: int, log_every: int) 
     data += ["data.captions=captions.jsonl", "data.conversations=conversations.jsonl"]
     run = [f"train.steps={steps}", f"train.log_every={log_every}", f"out={folder}/{variant}"]
     run += [f"train.{name}_every=0" for name in ("val", "sample", "save")]
-    return read_recipe(RECIPES / case.recipe, [*files, *start, *data, *run, *case.overrides, *VARIANTS[variant]])
+    return read_recipe(RECIPES / case.recipe, [*files, *start, *data, *run, *case.overrides, *(VARIANTS | SPREAD)[variant]])
 
 
-def step_flop(objective: TimedObjective, recipe: Recipe) -> float:
-    """Of the products and convolutions of a step: those of one sample of each task, forward and backward, times their number."""
-    train, losses = recipe.train, objective.losses
+def addmm_flop(_: torch.Size, a: torch.Size, b: torch.Size, **__: object) -> int:
+    """Of a product that is added in place; PyTorch's counter knows it by its other name only."""
+    return 2 * a.numel() * b[-1]
+
+
+def step_size(recipe: Recipe, device: torch.device) -> tuple[float, int]:
+    """FLOP and tokens of a step. FLOP are those of one sample of each task, forward and backward, times their number."""
+    train, objective = recipe.train, TimedObjective(recipe, device)
     objective.losses = TaskLosses(objective.model, dataclasses.replace(train, recompute=False, loss_chunk=0))
     flop = 0
     for task, num in ((Task.MMU, train.mmu_batch), (Task.T2I, train.t2i_batch)):
         if num:
             batch = objective.batch(0)[task].split(num)[0]
-            with FlopCounterMode(display=False) as counter, torch.autocast(objective.device.type, torch.bfloat16):
+            counted = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+            with counted, torch.autocast(objective.device.type, torch.bfloat16):
                 generator = torch.Generator(objective.device)
                 objective.loss("model", {task: batch}, 0, generator)["loss"].backward()
-            flop += num * counter.get_total_flops()
-    objective.model.zero_grad()
-    objective.losses = losses
-    return flop
+            flop += num * counted.get_total_flops()
+    return flop, objective.num_tokens(objective.batch(0))
 
 
-def timed(recipe: Recipe, product_rate: float, device: str) -> dict[str, float | None]:
-    memory = Memory(device)
-    objective = TimedObjective(recipe, torch.device(device))
-    flop, num_tokens = step_flop(objective, recipe), objective.num_tokens(objective.batch(0))
+def timed(
+    recipe: Recipe, flop: float, num_tokens: int, product_rate: float, device: torch.device, processes: Processes
+) -> dict[str, float | None] | None:
+    """None on all processes but the first."""
+    memory = Memory(device.type)
+    objective = TimedObjective(recipe, device, processes)
     memory.restart()
-    loop.run(objective, recipe, objective.device)
+    loop.run(objective, recipe, device, processes=processes)
+    if not processes.is_main:
+        return None
     lines = read_log(Path(recipe.out) / LOG_FILE)
     tokens_per_s = statistics.median(line["tokens_per_s"] for line in lines[1:])
     return {
         "steps/s": tokens_per_s / num_tokens,
         "tokens/s": tokens_per_s,
-        "MFU": flop * tokens_per_s / num_tokens / product_rate,
+        "MFU": flop * tokens_per_s / num_tokens / product_rate / processes.size,
         "peak GB": memory.peak(),
-        "reserved GB": torch.cuda.max_memory_reserved() / 1e9 if device == "cuda" else None,
+        "reserved GB": torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None,
     }
 
 
@@ -187,15 +211,36 @@ def product_rate(device: str) -> float:
     return 2 * size**3 / milliseconds(lambda: a @ b, 20, device) * 1e3
 
 
-def wrong_losses(variants: list[str], device: str) -> list[str]:
-    """Which variants train the tiny model otherwise than Python does."""
+@contextlib.contextmanager
+def data_of(case: Case, processes: Processes) -> Iterator[Path]:
+    """A folder with the case's data, which the first process makes and removes."""
+    names: list[Any] = [tempfile.mkdtemp() if processes.is_main else None]
+    if processes.is_main:
+        write_data(Path(names[0]), made_up(case, "python", Path(names[0]), 1, 1).config, case)
+    if processes.size > 1:
+        dist.broadcast_object_list(names, group=processes.control)
+    try:
+        yield Path(names[0])
+        processes.wait()
+    finally:
+        if processes.is_main:
+            shutil.rmtree(names[0])
+
+
+def wrong_losses(variants: list[str], device: torch.device, processes: Processes) -> list[str]:
+    """Which variants train the tiny model otherwise than Python does on one process."""
     losses: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), made_up(CASES["tiny"], "python", Path(folder), 1, 1).config, CASES["tiny"])
+    with data_of(CASES["tiny"], processes) as folder:
         for variant in dict.fromkeys(["python", *variants]):
-            recipe = made_up(CASES["tiny"], variant, Path(folder), CHECKED_STEPS, 1)
+            case = CASES["tiny"]
+            if processes.size > 1:
+                case = dataclasses.replace(case, overrides=(*case.overrides, *NOT_RANDOM))
+            recipe = made_up(case, variant, folder, CHECKED_STEPS, 1)
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, loss_chunk=min(recipe.train.loss_chunk, 50)))
-            loop.run(TimedObjective(recipe, torch.device(device)), recipe, torch.device(device))
+            runs = processes if variant in SPREAD else ALONE
+            if runs.size > 1 or processes.is_main:
+                loop.run(TimedObjective(recipe, device, runs), recipe, device, processes=runs)
+            processes.wait()
             losses[variant] = [line["loss"] for line in read_log(Path(recipe.out) / LOG_FILE)]
     errors = {name: max(abs(a / b - 1) for a, b in zip(found, losses["python"], strict=True)) for name, found in losses.items()}
     return [f"{name}: losses off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
@@ -205,7 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Training by the shipped recipes, random weights and data.")
     add_json_option(parser)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES)[:3], metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="; ".join(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *SPREAD], metavar="VARIANT", help="; ".join([*VARIANTS, *SPREAD]))
     parser.add_argument("--steps", type=int, default=10, help="of an interval; the figures are the median of three")
     parser.add_argument("--profile", action="store_true", help="print where time and memory of a step go instead")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, without graphs, as a test of this script")
@@ -215,31 +260,46 @@ def main() -> int:
         print("benchmarks/train.py times a GPU: it needs a CUDA device and found none", file=sys.stderr)
         return 2
     logging.getLogger("omnimamba.train").setLevel(logging.ERROR)
-    variants = arguments.variants or [name for name in VARIANTS if device == "cuda" or "graphs" not in name]
-    if failures := wrong_losses(variants, device):
+    with joined_processes(torch.device(device)) as (processes, where):
+        return measure(arguments, where, processes)
+
+
+def measure(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    variants = arguments.variants or [name for name in VARIANTS if device.type == "cuda" or "graphs" not in name]
+    if processes.size > 1:
+        variants = arguments.variants or list(SPREAD)
+        if arguments.profile or not set(variants) <= set(SPREAD):
+            print(f"several processes time {', '.join(SPREAD)}, without --profile; not {', '.join(variants)}", file=sys.stderr)
+            return 2
+    if failures := wrong_losses(variants, device, processes):
         print("nothing is timed, results are wrong:", *failures, sep="\n", file=sys.stderr)
         return 1
-    rate = product_rate(device)
-    report: dict[str, Any] = begin(device, variants=variants)
+    say = functools.partial(print, flush=True) if processes.is_main else lambda *_, **__: None
+    rate = product_rate(device.type)
+    report: dict[str, Any] = begin(device.type, variants=variants, processes=processes.size)
     report |= {"product TFLOP/s": rate / 1e12, "cases": {}}
-    print(f"all variants have the losses of Python; bf16 product {rate / 1e12:.3g} TFLOP/s", flush=True)
+    say(f"all variants have the losses of Python; bf16 product {rate / 1e12:.3g} TFLOP/s")
     for name in arguments.cases:
         case, report["cases"][name] = CASES[name], {}
-        with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), made_up(case, "python", Path(folder), 1, 1).config, case)
+        with data_of(case, processes) as folder:
+            size = None if arguments.profile else step_size(made_up(case, "python", folder, 1, 1), device)
             for variant in variants:
-                recipe = made_up(case, variant, Path(folder), 4 * arguments.steps, arguments.steps)
-                if arguments.profile:
-                    report["cases"][name][variant] = found = profiled(recipe, device, PROFILED_STEPS)
-                    print(f"{name}, {variant}, of each step:", *profile_lines(found), sep="\n", flush=True)
+                recipe = made_up(case, variant, folder, 4 * arguments.steps, arguments.steps)
+                if size is None:
+                    report["cases"][name][variant] = found = profiled(recipe, device.type, PROFILED_STEPS)
+                    say(f"{name}, {variant}, of each step:", *profile_lines(found), sep="\n")
                     continue
                 try:
-                    figures: dict[str, float | None] | str = timed(recipe, rate, device)
+                    figures = timed(recipe, *size, rate, device, processes)
                 except torch.cuda.OutOfMemoryError:
+                    if processes.size > 1:
+                        raise  # the others wait for this one
                     figures = "out of memory"
-                report["cases"][name][variant] = figures
-                print(f"{name:18} {variant:18} {line(figures)}", flush=True)
-    finish(report, arguments.json)
+                if figures is not None:
+                    report["cases"][name][variant] = figures
+                    say(f"{name:18} {variant:18} {line(figures)}")
+    if processes.is_main:
+        finish(report, arguments.json)
     return 0
 
 
