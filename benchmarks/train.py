@@ -176,7 +176,7 @@ def profiled(recipe: Recipe, device: str, steps: int) -> dict[str, list[dict[str
     objective = TimedObjective(recipe, torch.device(device))
     optimizers = {"model": adamw(trainable(objective.model).values(), recipe.train)}
     generator, batch = torch.Generator(device), objective.batch(0)
-    step = functools.partial(loop.train_step, objective, optimizers, recipe, batch, 0, generator=generator, device=objective.device)
+    step = functools.partial(loop.train_step, objective, optimizers, recipe, [batch], 0, generator=generator, device=objective.device)
     step()
     kept: dict[int, Tensor] = {}  # by address: a tensor may be kept by several operators, or in parts
     parameters = {p.data_ptr() for p in objective.model.parameters()}

@@ -166,7 +166,6 @@ def test_overrides_of_the_recipe_itself(read):
         (STAGE2, ("train.keep_start=0.5",), "train.keep_start=0.5 keeps weights of a finished model: name init.model"),
         (VQ, ("train.keep_start=0.5", "init.model=folder"), "train.keep_start=0.5 is for omnimamba and tower recipes"),
         (VQ, ("train.graphs=true",), "train.graphs=true is for omnimamba recipes; leave it out of a vq recipe"),
-        (STAGE2, ("train.graphs=true", "train.accumulate=2"), "train.graphs=true records whole steps, without train.accumulate; leave it"),
         (VQ, ("data.max_broken=3",), "data.max_broken=3 is for omnimamba recipes; a vq needs all of its images"),
         (STAGE2, ("init.mmu=folder",), "init.mmu and init.t2i belong together"),
         (STAGE2, ("data.captions=",), "stage2 paints: name data.captions"),

@@ -56,12 +56,15 @@ def with_graphs(recipe, out):
     return dataclasses.replace(recipe, out=out, train=dataclasses.replace(recipe.train, graphs=True))
 
 
-@pytest.mark.parametrize(("stage", "resumes_at"), [("stage2", 0), ("stage2", 9), ("stage1_t2i", 0)])
-def test_the_same_run(recipe, tmp_path, repeaters, log_lines, stage, resumes_at):
+@pytest.mark.parametrize(
+    ("stage", "resumes_at", "parts"), [("stage2", 0, 1), ("stage2", 9, 1), ("stage1_t2i", 0, 1), ("stage2", 0, 2), ("stage1_t2i", 0, 2)]
+)
+def test_the_same_run(recipe, tmp_path, repeaters, log_lines, stage, resumes_at, parts):
     """Losses and all that a checkpoint holds, to the bit: shapes that change, validations between, resumed or not."""
     options = {"steps": 14, "ema": 0.9, "warmup": 3, "val_every": 5, "sample_every": 7, "save_every": 7, "image_token_noise": 0.2}
     if stage == "stage2":
-        options |= {"mmu_batch": 5, "mean_by_sample": True}  # some of them without an image
+        options |= {"mmu_batch": 5 + parts // 2, "mean_by_sample": True}  # some of them without an image
+    options["accumulate"] = parts
     plain = dataclasses.replace(recipe(stage, **options), augment=EVERY_CHANGE)
     loop.run(make_objective(plain, CPU), plain, CPU)
     graphs = with_graphs(plain, str(tmp_path / "graphs"))
@@ -118,19 +121,19 @@ def test_one_recording_for_each_set_of_shapes(recipe):
 
     def step(batch, number):
         seen.append((number, batch))
-        return {"loss": batch[Task.MMU].ids.sum()}
+        return {"loss": batch[0][Task.MMU].ids.sum()}
 
     steps = RecordedSteps(step, CPU, repeater)
-    batches = [{Task.MMU: data.batch(idx, np.random.default_rng(0))} for idx in ([with_image] * 2, [text_only] * 2)]
+    batches = [[{Task.MMU: data.batch(idx, np.random.default_rng(0))}] for idx in ([with_image] * 2, [text_only] * 2)]
     for number, i in enumerate((0, 1, 0, 0, 1, 0)):
-        assert steps(batches[i], number)["loss"] == batches[i][Task.MMU].ids.sum()
-        for buffer, tensor in zip(seen[-1][1][Task.MMU], batches[i][Task.MMU], strict=True):
+        assert steps(batches[i], number)["loss"] == batches[i][0][Task.MMU].ids.sum()
+        for buffer, tensor in zip(seen[-1][1][0][Task.MMU], batches[i][0][Task.MMU], strict=True):
             assert buffer is not tensor or tensor is None
             assert tensor is None or torch.equal(buffer, tensor)
     assert (repeater.num_run, repeater.num_recorded, repeater.num_played) == (2, 2, 4)
     assert [number for number, _ in seen] == [0, 1, 2, 2, 4, 2]  # what is recorded sees the number it was recorded with
-    assert len({id(batch[Task.MMU].ids) for _, batch in seen}) == 2
-    assert shapes_of(batches[0]) != shapes_of(batches[1]) == shapes_of(mapped(batches[1], torch.clone))
+    assert len({id(batch[0][Task.MMU].ids) for _, batch in seen}) == 2
+    assert shapes_of(batches[0]) != shapes_of(batches[1]) == shapes_of([mapped(part, torch.clone) for part in batches[1]])
 
 
 class Part(NamedTuple):
@@ -140,9 +143,9 @@ class Part(NamedTuple):
 def test_the_recording_used_longest_ago_makes_way(monkeypatch):
     monkeypatch.setattr("omnimamba.train.graphs.MAX_RECORDINGS", 2)
     repeater = Repeater()
-    steps = RecordedSteps(lambda batch, number: {"loss": batch["part"].x.sum()}, CPU, repeater)
+    steps = RecordedSteps(lambda parts, number: {"loss": parts[0]["part"].x.sum()}, CPU, repeater)
     for number, size in enumerate((1, 1, 2, 2, 1, 3, 1, 2, 2)):  # 3 drops 2, which then drops 3
-        assert steps({"part": Part(torch.full((size,), number))}, number)["loss"] == size * number
+        assert steps([{"part": Part(torch.full((size,), number))}], number)["loss"] == size * number
     assert (repeater.num_run, repeater.num_recorded, repeater.num_played) == (4, 3, 5) and len(steps.buckets.values) == 2
 
 
@@ -163,12 +166,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"mean_by_sample": True, "loss_chunk": 50}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mean_by_sample": True, "loss_chunk": 50}, {"precision": "bf16"}, {"accumulate": 2, "mmu_batch": 6}]
+)
 def test_nothing_waits_in_a_step(recipe, options):
     """But for the optimizer, which on a CPU counts its steps in Python."""
-    r = dataclasses.replace(recipe("stage2", image_token_noise=0.1, mmu_batch=5, **options), augment=EVERY_CHANGE)
+    r = dataclasses.replace(recipe("stage2", **{"image_token_noise": 0.1, "mmu_batch": 5} | options), augment=EVERY_CHANGE)
     objective = make_objective(r, CPU)
-    batch, model = objective.batch(0), objective.players["model"]
+    parts, model = objective.parts(0), objective.players["model"]
 
     class Counting(torch.optim.SGD):
         def step(self, closure=None):
@@ -176,7 +181,7 @@ def test_nothing_waits_in_a_step(recipe, options):
 
     optimizers = {"model": Counting(model.parameters(), lr=0.1)}
     with Waits() as waits:
-        loop.train_step(objective, optimizers, r, batch, 0, generator=torch.Generator(), device=CPU)
+        loop.train_step(objective, optimizers, r, parts, 0, generator=torch.Generator(), device=CPU)
     assert not waits.names
     with Waits() as waits:
         _ = torch.ones(3)[torch.ones(3, dtype=torch.bool)], torch.tensor(3.0), torch.ones(3).new_tensor((1, 2)), torch.ones(()).item()
@@ -253,9 +258,9 @@ def test_no_step_waits_for_the_gpu(recipe):
     optimizers = {"model": adamw(trainable(objective.players["model"]).values(), r.train)}
     generator = torch.Generator(cuda)
     for step in range(3):
-        batch = objective.batch(step)
+        parts = objective.parts(step)
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step compiles and allocates
         try:
-            loop.train_step(objective, optimizers, r, batch, step, generator=generator, device=cuda)
+            loop.train_step(objective, optimizers, r, parts, step, generator=generator, device=cuda)
         finally:
             torch.cuda.set_sync_debug_mode("default")

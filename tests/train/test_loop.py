@@ -79,7 +79,7 @@ def test_a_players_loss_leaves_no_gradient_in_another(tmp_path):
     optimizers = {name: torch.optim.SGD(player.parameters(), lr=0.1) for name, player in toy.players.items()}
     for step in (1, 2):
         before = toy.two.weight.item()
-        figures = loop.train_step(toy, optimizers, recipe, toy.batch(0), step, generator=torch.Generator(), device=CPU)
+        figures = loop.train_step(toy, optimizers, recipe, [toy.batch(0)], step, generator=torch.Generator(), device=CPU)
         assert toy.two.weight.item() == pytest.approx(before - 0.1 * 5)
         assert figures["two_grad_norm"].item() == pytest.approx(5)
 
@@ -88,7 +88,7 @@ def test_gradients_are_clipped(tmp_path):
     for clip, norm in ((0.5, 0.5), (0.0, 30.0)):
         toy = Toy()
         optimizers, recipe = {"one": torch.optim.SGD(toy.one.parameters(), lr=0.1)}, toy_recipe(tmp_path, grad_clip=clip)
-        figures = loop.train_step(toy, optimizers, recipe, torch.tensor([[10.0]]), 0, generator=torch.Generator(), device=CPU)
+        figures = loop.train_step(toy, optimizers, recipe, [torch.tensor([[10.0]])], 0, generator=torch.Generator(), device=CPU)
         assert figures["grad_norm"].item() == pytest.approx(30)  # as it was
         assert toy.one.weight.item() == pytest.approx(2 - 0.1 * norm)
 
@@ -247,7 +247,7 @@ def test_batches_are_made_ahead():
     made = []
 
     class Source:
-        def batch(self, step):
+        def parts(self, step):
             made.append(step)
             return step
 

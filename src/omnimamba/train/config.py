@@ -199,8 +199,6 @@ class Train:
             raise ValueError(f"train.best_is={self.best_is!r}; valid: lowest, highest")
         if self.best and not self.val_every:
             raise ValueError(f"train.best={self.best!r} is a figure of the validation; set train.val_every")
-        if self.graphs and self.accumulate > 1:
-            raise ValueError("train.graphs=true records whole steps, without train.accumulate; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,19 +22,20 @@ from torch import Tensor
 from omnimamba.data.kept import Kept
 
 Figures = dict[str, Tensor]
-Batch = Mapping[Any, Any]  # of NamedTuples of tensors and None
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+Part = Mapping[Any, Any]  # of NamedTuples of tensors and None
+Parts = Sequence[Part]
+"""Of a batch, computed one after the other."""
 MAX_RECORDINGS = 32
 """Sets of shapes that are kept, each with its graph and the buffers of a batch. `nano`'s stage 2 meets 3."""
 
 
-def mapped(batch: AnyBatch, change: Callable[[Tensor], Tensor]) -> AnyBatch:
-    """The batch with each of its tensors changed."""
-    return {key: type(part)(*(None if tensor is None else change(tensor) for tensor in part)) for key, part in batch.items()}  # type: ignore[return-value]
+def mapped(part: Part, change: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
+    """The part with each of its tensors changed."""
+    return {key: type(value)(*(None if tensor is None else change(tensor) for tensor in value)) for key, value in part.items()}
 
 
-def shapes_of(batch: Batch) -> Hashable:
-    return tuple((key, *(None if tensor is None else tensor.shape for tensor in part)) for key, part in batch.items())
+def shapes_of(parts: Parts) -> Hashable:
+    return tuple((key, *(None if tensor is None else tensor.shape for tensor in value)) for part in parts for key, value in part.items())
 
 
 class Recorder(Protocol):
@@ -80,34 +81,35 @@ class GraphRecorder:
 
 @dataclasses.dataclass
 class _Bucket:
-    batch: Batch
+    parts: Parts
     """The buffers."""
     play: Callable[[], Figures] | None = None
     has_run: bool = False
 
 
 class RecordedSteps:
-    """A training step that is recorded for each set of shapes; `run(batch, step)` may not depend on the step's number.
+    """A training step that is recorded for each set of shapes; `run(parts, step)` may not depend on the step's number.
 
     Of more than MAX_RECORDINGS sets, those used last are kept. One that comes back begins anew, so rare shapes run from Python.
     """
 
-    def __init__(self, run: Callable[[Batch, int], Figures], device: torch.device, recorder: Recorder) -> None:
+    def __init__(self, run: Callable[[Parts, int], Figures], device: torch.device, recorder: Recorder) -> None:
         self.run, self.device, self.recorder = run, device, recorder
         self.buckets = Kept(MAX_RECORDINGS)
 
-    def __call__(self, batch: Batch, step: int) -> Figures:
+    def __call__(self, parts: Parts, step: int) -> Figures:
         """What `run` returns. The next step may overwrite it."""
         bucket = self.buckets.get(
-            shapes_of(batch), lambda: _Bucket(mapped(batch, lambda tensor: torch.empty_like(tensor, device=self.device)))
+            shapes_of(parts), lambda: _Bucket([mapped(part, lambda tensor: torch.empty_like(tensor, device=self.device)) for part in parts])
         )
-        for name, part in batch.items():
-            for buffer, tensor in zip(bucket.batch[name], part, strict=True):
-                if tensor is not None:
-                    buffer.copy_(tensor, non_blocking=True)
+        for buffers, part in zip(bucket.parts, parts, strict=True):
+            for name, value in part.items():
+                for buffer, tensor in zip(buffers[name], value, strict=True):
+                    if tensor is not None:
+                        buffer.copy_(tensor, non_blocking=True)
         if not bucket.has_run:
             bucket.has_run = True
-            return self.recorder.run(lambda: self.run(bucket.batch, step))
+            return self.recorder.run(lambda: self.run(bucket.parts, step))
         if bucket.play is None:
-            bucket.play = self.recorder.record(lambda: self.run(bucket.batch, step))
+            bucket.play = self.recorder.record(lambda: self.run(bucket.parts, step))
         return bucket.play()

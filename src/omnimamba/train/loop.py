@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,12 +53,13 @@ class Objective(Protocol):
     players: dict[str, nn.Module]
 
     def batch(self, step: int) -> Any:
-        """The samples of a step, on the CPU; called ahead of time in another thread."""
+        """The samples of a step."""
         ...
 
-    def split(self, batch: Any) -> list[Any]:
-        """The parts of a batch that are computed one after the other; their losses add up to that of the batch."""
-        return [batch]
+    def parts(self, step: int) -> list[Any]:
+        """The batch of a step in the parts that are computed one after the other, whose losses add up to that of the batch; called ahead
+        of time in another thread."""
+        return [self.batch(step)]
 
     def collecting(self, yes: bool) -> contextlib.AbstractContextManager[None]:
         """Within, gradients are added up on each process and not yet exchanged, if `yes`."""
@@ -109,15 +110,15 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prefetched(objective: Objective, first: int, steps: int) -> Iterator[Any]:
-    """Batches first..steps-1, made ahead of time in one thread."""
+def prefetched(objective: Objective, first: int, steps: int) -> Iterator[list[Any]]:
+    """The parts of batches first..steps-1, made ahead of time in one thread."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: list[Future[Any]] = [pool.submit(objective.batch, step) for step in range(first, min(first + PREFETCHED_BATCHES, steps))]
+        waiting: list[Future[Any]] = [pool.submit(objective.parts, step) for step in range(first, min(first + PREFETCHED_BATCHES, steps))]
         for step in range(first, steps):
-            batch = waiting.pop(0).result()
+            parts = waiting.pop(0).result()
             if step + PREFETCHED_BATCHES < steps:
-                waiting.append(pool.submit(objective.batch, step + PREFETCHED_BATCHES))
-            yield batch
+                waiting.append(pool.submit(objective.parts, step + PREFETCHED_BATCHES))
+            yield parts
 
 
 def run(objective: Objective, recipe: Recipe, device: torch.device, *, processes: Processes = ALONE, show_progress: bool = False) -> Path:
@@ -149,16 +150,16 @@ def run(objective: Objective, recipe: Recipe, device: torch.device, *, processes
         if train.graphs:
             update = RecordedSteps(update, device, GraphRecorder(generator))
         since, num_tokens = time.perf_counter(), 0
-        for step, batch in enumerate(prefetched(objective, first, train.steps), first):
+        for step, parts in enumerate(prefetched(objective, first, train.steps), first):
             seed = step_seed(train.seed, step, processes.rank)
             torch.manual_seed(seed)  # dropout
             generator.manual_seed(seed)  # augmentation
             for optimizer in optimizers.values():
                 set_learning_rate(optimizer, learning_rate(step, train))
-            figures = update(batch, step)
+            figures = update(parts, step)
             for average in averages.values():
                 average.update(step)
-            num_tokens += objective.num_tokens(batch)
+            num_tokens += sum(map(objective.num_tokens, parts))
             done = step + 1
             stop = processes.largest(stop_signal())
             logs, saves = is_due(train.log_every, done, train), is_due(train.save_every, done, train) or stop > 0
@@ -278,7 +279,7 @@ def train_step(
     objective: Objective,
     optimizers: dict[str, torch.optim.AdamW],
     recipe: Recipe,
-    batch: Any,
+    parts: Sequence[Any],
     step: int,
     *,
     generator: torch.Generator,
@@ -288,7 +289,6 @@ def train_step(
     figures: dict[str, Tensor] = {}
     for name, optimizer in optimizers.items():
         losses: dict[str, Tensor] = {}
-        parts = objective.split(batch)
         for i, part in enumerate(parts):
             with objective.collecting(i + 1 < len(parts)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):

@@ -136,13 +136,13 @@ class OmniMambaObjective(Objective):
 
     # ---- batches
 
-    def batch(self, step: int) -> dict[Task, Any]:
-        """The batch of each task; for a GPU in page-locked memory, from which it is copied without waiting, or there already. What has
-        to wait for the GPU then does so on a stream of its own, not behind the steps that are under way."""
+    def parts(self, step: int) -> list[dict[Task, Any]]:
+        """What is not on the GPU lies in page-locked memory, from which it is copied without waiting. What has to wait for the GPU does so
+        on a stream of its own, not behind the steps that are under way."""
         if self.batch_stream is None:
-            return self._batch(step)
+            return self.split(self.batch(step))
         with torch.cuda.stream(self.batch_stream):
-            batches = self._batch(step)
+            parts = self.split(self.batch(step))
         self.batch_stream.synchronize()
         steps_stream = torch.cuda.default_stream(self.device)
 
@@ -152,9 +152,10 @@ class OmniMambaObjective(Objective):
             tensor.record_stream(steps_stream)  # its memory is not written again before a step has read it
             return tensor
 
-        return mapped(batches, ready)
+        return [mapped(part, ready) for part in parts]
 
-    def _batch(self, step: int) -> dict[Task, Any]:
+    def batch(self, step: int) -> dict[Task, Any]:
+        """The batch of each task."""
         batches: dict[Task, Any] = {}
         if self.mmu is not None:
             batches[Task.MMU] = self.mmu.batch(self.mmu_sampler.indices(step), self.rng(step, "images"), self.processes)
@@ -166,7 +167,7 @@ class OmniMambaObjective(Objective):
     def rng(self, step: int, stream: str) -> np.random.Generator:
         return step_rng(self.recipe.train.seed, step, stream)
 
-    def split(self, batch: Any) -> list[Any]:
+    def split(self, batch: dict[Task, Any]) -> list[dict[Task, Any]]:
         if (num := self.recipe.train.accumulate) == 1:
             return [batch]
         parts = {task: tensors.split(num) for task, tensors in batch.items()}
