@@ -1,7 +1,7 @@
 """Causal depthwise convolution with bias and SiLU, forward and backward; the definition is `omnimamba.ops.conv`.
 
-Forwards a program computes a tile of positions x channels. It reads the tile once per tap, the overlaps coming from the cache. Backwards it
-walks over a span of positions with the newest inputs and gradients in registers: it computes the convolution again instead of storing
+Forwards a program computes a few positions of a tile of channels, from inputs that it all loads first: each once, w - 1 of them also read
+by its neighbour. Backwards it walks over a span of positions with the newest inputs and gradients in registers: it computes the convolution again instead of storing
 it, passes dy through the SiLU, and finishes an input's gradient when the last output that read it has come by. The gradients of the
 weight are one partial sum per program, so that they do not depend on the order of programs. Sums are fp32.
 """
@@ -22,44 +22,9 @@ UNROLL = tl.constexpr(4)
 
 
 @triton.jit
-def load_inputs(p_tile, p_past, first, o_r, o_c, l, stride_l, past_c, past_w, C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr):
-    """Inputs at positions first + o_r; those before the sequence come from the conv state. p_tile points at the input `first`."""
-    o_t = first + o_r
-    m_c = (o_c < C)[None, :]
-    x = tl.load(p_tile + o_r[:, None] * stride_l + o_c[None, :], mask=((o_t >= 0) & (o_t < l))[:, None] & m_c, other=0.0).to(tl.float32)
-    if HAS_PAST:
-        if first == 0:
-            m_past = ((o_t < 0) & (o_t >= -W))[:, None] & m_c
-            x += tl.load(p_past + o_c[None, :] * past_c + (W + o_t)[:, None] * past_w, mask=m_past, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
 def load_tap(weight, tap, o_c, C: tl.constexpr):
     """weight: [w, c] in x's dtype, as in the definition; taps before the first are 0."""
     return tl.load(weight + tap * C + o_c, mask=(o_c < C) & (tap >= 0), other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["l"])
-def forward_kernel(
-    x, weight, bias, past, y, stride_b, stride_l, past_b, past_c, past_w, l,
-    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    num_t = tl.cdiv(l, ROWS)
-    i_b = (tl.program_id(0) // num_t).to(tl.int64)
-    first = (tl.program_id(0) % num_t) * ROWS
-    o_r = tl.arange(0, ROWS)
-    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    dtype: tl.constexpr = x.dtype.element_ty
-    p_tile = x + i_b * stride_b + first.to(tl.int64) * stride_l
-    p_past = past + i_b * past_b
-    total = tl.zeros((ROWS, COLUMNS), tl.float32) + load_tap(bias, 0, o_c, C)[None, :]
-    for tap in tl.static_range(W):
-        inputs = load_inputs(p_tile, p_past, first, o_r + (tap - (W - 1)), o_c, l, stride_l, past_c, past_w, C, W, HAS_PAST)
-        total += inputs * load_tap(weight, tap, o_c, C)[None, :]
-    b_y = total * tl.sigmoid(total)
-    p_y = y + (i_b * l + first) * C + o_r[:, None] * C + o_c[None, :]
-    tl.store(p_y, b_y.to(dtype), mask=(first + o_r < l)[:, None] & (o_c < C)[None, :])
 
 
 @triton.jit
@@ -74,6 +39,34 @@ def load_past(past, o_c, m_c, back, past_c, past_w, W: tl.constexpr, HAS_PAST: t
 def load_row(p_first, o_c, m_c, t, l, stride_l):
     """Position t of a sequence, 0 outside of it: [columns]."""
     return tl.load(p_first + tl.cast(t, tl.int64) * stride_l + o_c, mask=m_c & (t >= 0) & (t < l), other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["l"])
+def forward_kernel(
+    x, weight, bias, past, y, stride_b, stride_l, past_b, past_c, past_w, l,
+    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    num_t = tl.cdiv(l, ROWS)
+    i_b = (tl.program_id(0) // num_t).to(tl.int64)
+    first = (tl.program_id(0) % num_t) * ROWS
+    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_c = o_c < C
+    inputs, taps = (), ()
+    for i in tl.static_range(ROWS + W - 1):
+        inputs += (load_row(x + i_b * stride_b, o_c, m_c, first + i - (W - 1), l, stride_l),)
+    for tap in tl.static_range(W):
+        taps += (load_tap(weight, tap, o_c, C),)
+    b_bias = load_tap(bias, 0, o_c, C)
+    for i in tl.static_range(ROWS):
+        total = b_bias
+        for tap in tl.static_range(W):
+            total += inputs[i + tap] * taps[tap]
+        if HAS_PAST and i < W - 1:
+            if first == 0:  # the first outputs also read what came before the sequence
+                for tap in tl.static_range(W - 1 - i):
+                    total += load_past(past + i_b * past_b, o_c, m_c, W - 1 - i - tap, past_c, past_w, W, HAS_PAST) * taps[tap]
+        b_y = total * tl.sigmoid(total)
+        tl.store(y + (i_b * l + first + i) * C + o_c, b_y.to(y.dtype.element_ty), mask=m_c & (first + i < l))
 
 
 @triton.jit(do_not_specialize=["l"])

@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 # Kernel: (largest width, choice), the first row that is wide enough counts. The width is what the caller of `launch` passes.
 LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     # width: channels; 16 bytes of a row for each thread; backwards the rows are walked over one after the other
-    "conv_forward": ((torch.inf, Launch(4, 256, num_warps=1, num_stages=1)),),
+    "conv_forward": ((torch.inf, Launch(8, 512, num_warps=2, num_stages=1)),),
     "conv_backward": ((torch.inf, Launch(128, 256, num_warps=1, num_stages=1)),),
     # width: channels of one group; the rows are those of a tile of about 4096 numbers
     "norm_forward": (
