@@ -78,6 +78,11 @@ def compare() -> Callable[..., None]:
     return compare_ops
 
 
+@pytest.fixture(name="assert_near")
+def fixture_of_assert_near() -> Callable[..., None]:
+    return assert_near
+
+
 def compare_ops(kernel: Callable, plain: Callable, tensors: dict[str, Tensor], *, plain_dtype: torch.dtype = torch.float32) -> None:
     """Outputs and gradients of two functions of the same named tensors, `plain` in `plain_dtype`.
 

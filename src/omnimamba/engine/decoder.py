@@ -23,10 +23,11 @@ from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.state import MambaState
 from omnimamba.ops.cuda import mix_rows
 from omnimamba.ops.cuda.backbone_step import BackboneStep, Buffers, Shape, device_shape
+from omnimamba.ops.norm import Squares
 from omnimamba.ops.quant import QuantizedWeight
 from omnimamba.ops.triton import decode as kernels
 from omnimamba.ops.triton import decode_sample as sampling
-from omnimamba.ops.triton.decode import Embedding, LayerWeights, Lora, MixerWeights, Shift, Squares, Weight
+from omnimamba.ops.triton.decode import Embedding, LayerWeights, Lora, MixerWeights, Shift, Weight
 from omnimamba.ops.triton.decode_sample import Partial, Rows
 
 

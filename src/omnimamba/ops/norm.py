@@ -1,10 +1,24 @@
 """RMSNorm (Zhang & Sennrich 2019) and Mamba-2's gated RMSNorm (arXiv:2405.21060, section 7)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from omnimamba.ops.plain_path import runs_kernel
+
+
+class Squares(NamedTuple):
+    """Of rows of k numbers that have yet to be divided by their root mean square."""
+
+    sums: Tensor
+    """[..., s], whose sum over the last axis is that of their squares."""
+    k: int
+
+    def rms(self, eps: float) -> Tensor:
+        """[..., 1]"""
+        return (self.sums.sum(-1, keepdim=True) / self.k + eps).sqrt()
 
 
 def output_dtype(weight: Tensor) -> torch.dtype:

@@ -128,7 +128,7 @@ class Block(torch.autograd.Function):
             inputs = read(residual, weights, options, seed, lengths, dtype)
             z, _, _ = split_parts(inputs.zxbcdt, options)
             x, B, C = split_scan(inputs.xBC, options)
-            y, _ = scan_forward(x, inputs.dt, A_of(weights.A_log), B, C, weights.D.float())
+            y = scan_forward(x, inputs.dt, A_of(weights.A_log), B, C, weights.D.float()).y
             gated = norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, dtype)
             out = residual + (gated @ weights.out_proj.to(dtype).T).view(b, l, d)
         kept = () if options.recompute else (inputs.zxbcdt, inputs.xBC)

@@ -1,12 +1,13 @@
 """Causal depthwise convolution with bias and SiLU, forward and backward; the definition is `omnimamba.ops.conv`.
 
 Forwards a program computes a few positions of a tile of channels, from inputs that it all loads first: each once, w - 1 of them also read
-by its neighbour. Backwards it walks over a span of positions with the newest inputs and gradients in registers: it computes the convolution again instead of storing
-it, passes dy through the SiLU, and finishes an input's gradient when the last output that read it has come by. The gradients of the
-weight are one partial sum per program, so that they do not depend on the order of programs. Sums are fp32.
+by its neighbour. Backwards it walks over a span of positions with the newest inputs and gradients in registers: it computes the
+convolution again instead of storing it, passes dy through the SiLU, and finishes an input's gradient when the last output that read it
+has come by. The gradients of the weight are one partial sum per program, so that they do not depend on the order of programs. Sums are
+fp32.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.conv import MAX_WIDTH
+from omnimamba.ops.triton.decode import silu
 from omnimamba.ops.triton.launch import launch
 
 UNROLL = tl.constexpr(4)
@@ -65,7 +67,7 @@ def forward_kernel(
             if first == 0:  # the first outputs also read what came before the sequence
                 for tap in tl.static_range(W - 1 - i):
                     total += load_past(past + i_b * past_b, o_c, m_c, W - 1 - i - tap, past_c, past_w, W, HAS_PAST) * taps[tap]
-        b_y = total * tl.sigmoid(total)
+        b_y = silu(total)
         tl.store(y + (i_b * l + first + i) * C + o_c, b_y.to(y.dtype.element_ty), mask=m_c & (first + i < l))
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from omnimamba.ops.norm import Squares
 from omnimamba.ops.triton.launch import dot_dtype, launch, tile
 
 try:
@@ -88,6 +89,9 @@ def can_unpack(values: Tensor) -> bool:
     return values.dtype == torch.int8 and torch.version.cuda is not None and not knobs.runtime.interpret
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def log1p(x):
     """log(1 + x) for x > -1, as exact near 0 as elsewhere (Goldberg 1991, theorem 4)."""
@@ -98,7 +102,17 @@ def log1p(x):
 
 @triton.jit
 def silu(x):
-    return x * tl.sigmoid(x)
+    """x / (1 + exp(-x)): the square of a reciprocal root is two instructions, a division several."""
+    root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
+    return x * (root * root)
+
+
+@triton.jit
+def reciprocal_rms(p_sums, eps, NUM: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr):
+    """1 / the root mean square of K numbers; NUM sums of their squares are at p_sums."""
+    o_s = tl.arange(0, TILE)
+    b_sums = tl.load(p_sums + o_s, mask=o_s < NUM, other=0.0)
+    return 1 / tl.sqrt(tl.sum(b_sums, 0) / K + eps)
 
 
 @triton.jit
@@ -368,9 +382,7 @@ def norm_kernel(
         for i in tl.static_range(NUM_ADDENDS):
             b_added += tl.load(addend + (i * tl.num_programs(0) + i_row) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
         if NUM_SQUARES:
-            o_s = tl.arange(0, TILE_S)
-            b_squares = tl.load(squares + i_row * NUM_SQUARES + o_s, mask=o_s < NUM_SQUARES, other=0.0)
-            b_added *= 1 / tl.sqrt(tl.sum(b_squares, 0) / SQUARES_K + eps)
+            b_added *= reciprocal_rms(squares + i_row * NUM_SQUARES, eps, NUM_SQUARES, TILE_S, SQUARES_K)
         b_x += b_added
         tl.store(p_x, b_x, mask=m_k)
     b_out = b_x * (1 / tl.sqrt(tl.sum(b_x * b_x, 0) / K + eps)) * b_weight
@@ -414,13 +426,6 @@ class Shift(NamedTuple):
     conv: Tensor
     slots: Tensor
     newest: Tensor
-
-
-class Squares(NamedTuple):
-    """Of rows of k numbers: `sums` [b, s], whose sum over the last axis is that of their squares."""
-
-    sums: Tensor
-    k: int
 
 
 def shift_arguments(shift: Shift | None, other: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:

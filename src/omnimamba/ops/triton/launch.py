@@ -45,9 +45,10 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     # width: d_state; the rows are the positions of a chunk. The bound is registers: all tiles of a chunk are alive at once.
     "ssd_forward": (
         (64, Launch(64, 0, num_warps=4, num_stages=2)),
-        (torch.inf, Launch(32, 0, num_warps=4, num_stages=2)),
+        (torch.inf, Launch(64, 0, num_warps=4, num_stages=2)),
     ),
     "ssd_spans": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=3)),),  # its rows are those of the forward kernel
+    "ssd_decays": ((torch.inf, Launch(0, 16, num_warps=4, num_stages=1)),),  # width and columns: heads
     # backwards: the rows of the first are those of all three
     "ssd_backward": ((torch.inf, Launch(64, 0, num_warps=4, num_stages=1, max_registers=168)),),
     "ssd_backward_states": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=3, max_registers=128)),),
@@ -113,11 +114,8 @@ CARD_LAUNCHES: dict[str, dict[str, tuple[tuple[float, Launch], ...]]] = {
 
 # Enough programs to fill a GPU of 132 multiprocessors: work is split further (heads over programs, headdim over programs) below these.
 FULL_GRID = 264
-# The scan's forward pass over few rows of many positions, cut into spans that are walked at once: so many programs in all, so many
-# positions in each span at least, so many spans at least.
-SPAN_GRID = 2 * FULL_GRID
+# The fewest positions of a span, where the scan's forward pass over few rows is cut into spans that are walked at once.
 SPAN_POSITIONS = 128
-MIN_SPANS = 4
 # Programs of the norm's backward; each holds one partial sum of the weight's gradient.
 NORM_PROGRAMS = 528
 
