@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -79,7 +80,7 @@ def kernels(monkeypatch, tmp_path):
     stand_ins = []
     names = [name for name in vars(ssd_backward) if name.endswith("_kernel")]
     for module in (conv, norm, ssd, ssd_backward):
-        for name in ("forward_kernel", "span_kernel", "backward_kernel", *names):
+        for name in ("forward_kernel", "span_kernel", "decay_kernel", "backward_kernel", *names):
             if hasattr(module, name):
                 stand_ins.append(Compiled(getattr(module, name), tmp_path))
                 monkeypatch.setattr(module, name, stand_ins[-1])
@@ -132,8 +133,17 @@ def test_prefill_of_1_3b(kernels, monkeypatch, tmp_path, lengths):
     weight, bias, state = torch.empty(4352, 4, dtype=bf16), torch.empty(4352, dtype=bf16), torch.empty(1, 4352, 4, dtype=bf16)
     prefill.scan_inputs(xBC[..., 4096:], dt, weight=weight, bias=bias, dt_bias=torch.empty(64), conv_state=state, lengths=lengths)
     residual, addend = torch.empty(1, 760, 2048), torch.empty(1, 760, 2048, dtype=bf16)
-    prefill.add_rms_norm(residual, None if lengths is None else addend, torch.empty(2048, dtype=bf16), 1e-5)
-    assert prefill.ends_kernel.spilled == prefill.add_norm_kernel.spilled == [0]
+    x, B, C = (m.unflatten(-1, (-1, p)) for m, p in zip(xBC[..., 4096:].split((4096, 128, 128), -1), (64, 128, 128), strict=True))
+    y, squares, _ = prefill.gated_scan(
+        x, torch.empty(1, 760, 64), torch.empty(64), B, C,
+        D=torch.empty(64), z=xBC[..., :4096], norm_weight=torch.empty(4096, dtype=bf16), initial_state=torch.empty(1, 64, 64, 128),
+    )  # fmt: skip
+    assert y.shape == (1, 760, 4096) and squares.sums.shape == (1, 760, 64)
+    if lengths is None:
+        addend, squares = None, None
+    prefill.add_rms_norm(residual, addend, torch.empty(2048, dtype=bf16), 1e-5, squares)
+    assert prefill.ends_kernel.spilled == prefill.add_norm_kernel.spilled == ssd.decay_kernel.spilled == [0]
+    assert ssd.span_kernel.spilled == [0] and ssd.forward_kernel.spilled[0] <= 2 * SPILLED  # numbers that a loop does not change
 
 
 def test_what_the_convolution_carries_along(monkeypatch, tmp_path):

@@ -44,19 +44,58 @@ def test_scan_inputs(kernel_device, w, dtype, l, lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_addend", [False, True])
-def test_add_rms_norm(kernel_device, dtype, has_addend):
+@pytest.mark.parametrize("num_sums", [None, 0, 1, 5])
+def test_add_rms_norm(kernel_device, dtype, num_sums):
+    """Without an addend, with one, and with one that sums of squares have yet to divide."""
     residuals = [randn(2, 7, 40).to(kernel_device) for _ in range(2)]
-    addend = randn(2, 7, 40, seed=1).to(kernel_device, dtype) if has_addend else None
+    addend = None if num_sums is None else randn(2, 7, 40, seed=1).to(kernel_device, dtype)
+    squares = norm.Squares(randn(2, 7, num_sums, seed=3).square().to(kernel_device), 30) if num_sums else None
     weight = randn(40, seed=2).to(kernel_device, dtype)
     found, expected = (
-        function(residual, addend, weight, 1e-5)
+        function(residual, addend, weight, 1e-5, squares)
         for function, residual in zip((kernel.add_rms_norm, prefill.plain_add_rms_norm), residuals, strict=True)
     )
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     torch.testing.assert_close(*residuals)
-    assert has_addend != torch.equal(residuals[0], randn(2, 7, 40).to(kernel_device))
+    assert (num_sums is not None) != torch.equal(residuals[0], randn(2, 7, 40).to(kernel_device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("b", "l", "sizes"), [
+    (1, 1, (4, 24, 20)), (2, 70, (4, 24, 20)), (3, 33, (2, 16, 16)), (1, 255, (2, 64, 64)), (1, 256, (2, 64, 64)), (1, 257, (2, 64, 128))
+])  # fmt: skip
+def test_gated_scan(kernel_device, assert_near, dtype, b, l, sizes):
+    """From a state, z a slice of a wider projection, whole walks and spans; once divided, y is that of the definition."""
+    h, p, n = sizes
+    x, B, C = (randn(*shape, seed=seed).to(dtype) for seed, shape in enumerate(((b, l, h, p), (b, l, 1, n), (b, l, 1, n)), 1))
+    tensors = {"x": x, "B": B, "C": C, "dt": randn(b, l, h, seed=4).square() / 4, "A": -randn(h, seed=5).exp(), "D": randn(h, seed=6)}
+    tensors |= {"z": randn(b, l, h * p + 8, seed=7).to(dtype), "norm_weight": 1 + randn(h * p, seed=8) / 2}
+    tensors["initial_state"] = randn(b, h, p, n, seed=9)
+    tensors["dt"][-1, l // 2 :] = 0  # padding
+
+    arguments = {name: tensor.to(kernel_device) for name, tensor in tensors.items()}
+    y, squares, final = kernel.gated_scan(**arguments | {"z": arguments["z"][..., 8:]})
+    exact = {name: tensor.float() for name, tensor in arguments.items()}
+    z, norm_weight = exact.pop("z")[..., 8:], exact.pop("norm_weight")
+    expected_y, expected_final = ssd.plain_ssd_chunk_scan(**exact, chunk_size=64)
+    assert y.dtype == dtype and squares.k == h * p
+    assert_near(y.float() / squares.rms(1e-5), norm.plain_gated_rms_norm(expected_y.flatten(-2), z, norm_weight, 1e-5), "y", dtype)
+    assert_near(final, expected_final, "final state", dtype)
+
+
+def test_what_a_later_division_is_not_for(monkeypatch):
+    """Groups, each with an rms of its own, and fp16, which could overflow before."""
+    monkeypatch.setattr(prefill, "runs_kernel", lambda x: True)
+    for num_groups, dtype in ((2, torch.float32), (1, torch.float16)):
+        x, B = randn(1, 5, 2, 16).to(dtype), randn(1, 5, 2, 16, seed=1).to(dtype)
+        z, weight = randn(1, 5, 32, seed=2).to(dtype), torch.ones(32)
+        options = {"D": torch.ones(2), "chunk_size": 64, "initial_state": randn(1, 2, 16, 16)}
+        scan = x, torch.full((1, 5, 2), 0.1), -torch.ones(2), B, B
+        y, squares, _ = prefill.gated_scan(*scan, z=z, norm_weight=weight, eps=1e-5, num_groups=num_groups, **options)
+        expected, _ = ssd.ssd_chunk_scan(*scan, **options)
+        assert squares is None
+        assert torch.equal(y, norm.gated_rms_norm(expected.flatten(-2), z, weight, 1e-5, num_groups=num_groups))
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from omnimamba.model.lora import TaskLoraLinear, Tasks
 from omnimamba.model.state import MambaState
 from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd_chunk_scan, ssd_step
 from omnimamba.ops.block import BlockOptions, BlockWeights, can_learn_block, learn_block
-from omnimamba.ops.norm import length_mask, softplus_dt
-from omnimamba.ops.prefill import add_rms_norm, scan_inputs
+from omnimamba.ops.norm import Squares, length_mask, softplus_dt
+from omnimamba.ops.prefill import add_rms_norm, gated_scan, scan_inputs
 from omnimamba.ops.ssd import A_of, split_scan_inputs
 
 # Step sizes and decay rates (-A) at initialisation, both log-uniform: a head remembers 2 to 500 positions and takes a new one in
@@ -89,17 +89,24 @@ class Mamba2Mixer(nn.Module):
         y, ssm_state = ssd_chunk_scan(x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state)
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
-    def read(self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """`forward` without gradients; both states are updated in place."""
+    def read(
+        self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Squares | None]:
+        """`forward` without gradients, and the squares whose rms the output has yet to be divided by (see `add_rms_norm`); both states are
+        updated in place."""
         config = self.config
         z, xBC, dt = self.in_proj.read(u, task).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
         xBC, dt = scan_inputs(
             xBC, dt, weight=self.conv1d.weight[:, 0], bias=self.bias, dt_bias=self.dt_bias, conv_state=conv_state, lengths=lengths
         )
         x, B, C = self.split_xBC(xBC)
-        y, final = ssd_chunk_scan(x, dt, self.A, B, C, D=self.D, chunk_size=config.chunk_size, initial_state=ssm_state)
+        norm = self.norm
+        y, squares, final = gated_scan(
+            x, dt, self.A, B, C, D=self.D, z=z, norm_weight=norm.weight, eps=norm.eps, num_groups=norm.num_groups,
+            chunk_size=config.chunk_size, initial_state=ssm_state,
+        )  # fmt: skip
         ssm_state.copy_(final)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(y), squares
 
     def step(self, u: Tensor, task: Tasks, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """Output [b, d] for one position u: [b, d]; both states are updated in place."""
@@ -185,13 +192,14 @@ class Mamba2Backbone(nn.Module):
     @torch.no_grad()
     def read(self, x: Tensor, task: Tasks, state: MambaState, *, slots: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """`forward` from a state, without gradients. x: [b, l, d], finite in the padding; slots: [b] those of the rows (None: all)."""
-        residual, hidden = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format), None
+        residual = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        hidden, squares = None, None
         for i, block in enumerate(self.layers):
             assert isinstance(block, Mamba2Block)
-            u = add_rms_norm(residual, hidden, block.norm.weight, block.norm.eps)
+            u = add_rms_norm(residual, hidden, block.norm.weight, block.norm.eps, squares)
             pools = state.conv[i], state.ssm[i]
             conv, ssm = pools if slots is None else (pool.index_select(0, slots) for pool in pools)  # a copy of one layer's, not of all
-            hidden = block.mixer.read(u, task, conv, ssm, lengths)
+            hidden, squares = block.mixer.read(u, task, conv, ssm, lengths)
             if slots is not None:
                 for pool, part in zip(pools, (conv, ssm), strict=True):
                     pool.index_copy_(0, slots, part)
@@ -200,7 +208,7 @@ class Mamba2Backbone(nn.Module):
             state.position += num_read
         else:
             state.position.index_copy_(0, slots, state.position.index_select(0, slots) + num_read)  # slots may repeat
-        return add_rms_norm(residual, hidden, self.norm_f.weight, self.norm_f.eps)
+        return add_rms_norm(residual, hidden, self.norm_f.weight, self.norm_f.eps, squares)
 
     def step(self, x: Tensor, task: Tasks, state: MambaState) -> Tensor:
         """Final hidden states [b, d] for one position x: [b, d]; `state` (b slots) is updated in place."""

@@ -8,21 +8,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnimamba.ops.norm import output_dtype
+from omnimamba.ops.norm import Squares, output_dtype
 from omnimamba.ops.triton.conv import conv_forward
-from omnimamba.ops.triton.decode import log1p
+from omnimamba.ops.triton.decode import log1p, reciprocal_rms
 from omnimamba.ops.triton.launch import launch
+from omnimamba.ops.triton.ssd import Gate, scan_forward
 
 
 @triton.jit
-def add_norm_kernel(residual, addend, weight, out, eps, D: tl.constexpr, COLUMNS: tl.constexpr, HAS_ADDEND: tl.constexpr):
+def add_norm_kernel(
+    residual, addend, squares, weight, out, eps,
+    D: tl.constexpr, COLUMNS: tl.constexpr, HAS_ADDEND: tl.constexpr, NUM_SQUARES: tl.constexpr, TILE_S: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """NUM_SQUARES: sums of squares of the K numbers by whose root mean square the addend has yet to be divided."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, COLUMNS)
     m_d = o_d < D
     p_residual = residual + i_row * D + o_d
     b_x = tl.load(p_residual, mask=m_d, other=0.0)
     if HAS_ADDEND:
-        b_x += tl.load(addend + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_added = tl.load(addend + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if NUM_SQUARES:
+            b_added *= reciprocal_rms(squares + i_row * NUM_SQUARES, eps, NUM_SQUARES, TILE_S, K)
+        b_x += b_added
         tl.store(p_residual, b_x, mask=m_d)
     b_out = b_x * (1 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)) * tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
@@ -110,14 +118,29 @@ def scan_inputs(
     return y, sizes
 
 
-def add_rms_norm(residual: Tensor, addend: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def gated_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, z: Tensor, norm_weight: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Squares, Tensor]:
+    """`omnimamba.ops.prefill.gated_scan` of one group."""
+    x, B, C, z = (m if m.stride(3) == 1 else m.contiguous() for m in (x, B, C, z.unflatten(-1, x.shape[2:])))
+    with torch.cuda.device_of(x):
+        scanned = scan_forward(
+            x, dt.float(), A.float(), B, C, D.float(), initial_state.float().contiguous(), gate=Gate(z, norm_weight.contiguous())
+        )
+    assert scanned.squares is not None
+    return scanned.y.flatten(-2), Squares(scanned.squares, norm_weight.numel()), scanned.final
+
+
+def add_rms_norm(residual: Tensor, addend: Tensor | None, weight: Tensor, eps: float, squares: Squares | None) -> Tensor:
     d = residual.shape[-1]
     out = torch.empty(residual.shape, dtype=output_dtype(weight), device=residual.device)
     choice = launch("prefill_norm", d)
+    sums, num_squares = (residual, 0) if squares is None else (squares.sums, squares.sums.shape[-1])
     with torch.cuda.device_of(residual):
         add_norm_kernel[(residual.numel() // d,)](
-            residual, residual if addend is None else addend.contiguous(), weight, out, eps,
-            D=d, COLUMNS=triton.next_power_of_2(d), HAS_ADDEND=addend is not None,
+            residual, residual if addend is None else addend.contiguous(), sums, weight, out, eps,
+            D=d, COLUMNS=triton.next_power_of_2(d), HAS_ADDEND=addend is not None, NUM_SQUARES=num_squares,
+            TILE_S=triton.next_power_of_2(max(num_squares, 1)), K=1 if squares is None else squares.k,
             num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
     return out
