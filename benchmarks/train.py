@@ -70,7 +70,7 @@ CASES = {
     "1.3b stage 2, 4 MMU": Case("1.3b/3-stage2.toml", 110, 110, ("train.mmu_batch=4",)),
     "1.3b stage 1 T2I": Case("1.3b/2-stage1-t2i.toml", overrides=("train.t2i_batch=90",)),
     "nano stage 2": Case("nano/6-stage2.toml", 8, 3),
-    "tiny": Case("nano/6-stage2.toml", 8, 3, ("preset=tiny", "train.mmu_batch=6", "train.t2i_batch=4", "train.precision=fp32")),
+    "tiny": Case("nano/6-stage2.toml", 8, 3, ("preset=tiny", "train.mmu_batch=6", "train.t2i_batch=6", "train.precision=fp32")),
 }
 CHUNK = "train.loss_chunk=4096"
 VARIANTS = {
@@ -82,6 +82,12 @@ VARIANTS = {
     "recompute, chunk": ("train.recompute=true", CHUNK),
     "graphs, recompute, chunk": ("train.graphs=true", "train.recompute=true", CHUNK),
 }
+PARTS = {
+    "parts, chunk": ("train.accumulate=3", CHUNK),
+    "graphs, parts, chunk": ("train.graphs=true", "train.accumulate=3", CHUNK),
+}
+"""A batch in three parts, one after the other."""
+VARIANTS |= PARTS
 SPREAD = {
     "ddp, chunk": ("train.parallel=ddp", CHUNK),
     "fsdp, chunk": ("train.parallel=fsdp", CHUNK),
@@ -89,7 +95,7 @@ SPREAD = {
 }
 """Variants for several processes."""
 NOT_RANDOM = ("model.lora.dropout=0.0", "train.image_token_noise=0.0", "augment={}")
-"""For losses that several processes can share: each draws noise of its own."""
+"""For losses of several processes, or parts, that are to be those of one: each draws noise of its own."""
 
 
 class TimedObjective(OmniMambaObjective):
@@ -228,21 +234,23 @@ def data_of(case: Case, processes: Processes) -> Iterator[Path]:
 
 
 def wrong_losses(variants: list[str], device: torch.device, processes: Processes) -> list[str]:
-    """Which variants train the tiny model otherwise than Python does on one process."""
-    losses: dict[str, list[float]] = {}
+    """Which variants train the tiny model otherwise than Python does on one process, in one part."""
+    errors: dict[str, float] = {}
     with data_of(CASES["tiny"], processes) as folder:
-        for variant in dict.fromkeys(["python", *variants]):
-            case = CASES["tiny"]
-            if processes.size > 1:
-                case = dataclasses.replace(case, overrides=(*case.overrides, *NOT_RANDOM))
-            recipe = made_up(case, variant, folder, CHECKED_STEPS, 1)
-            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, loss_chunk=min(recipe.train.loss_chunk, 50)))
-            runs = processes if variant in SPREAD else ALONE
-            if runs.size > 1 or processes.is_main:
-                loop.run(TimedObjective(recipe, device, runs), recipe, device, processes=runs)
-            processes.wait()
-            losses[variant] = [line["loss"] for line in read_log(Path(recipe.out) / LOG_FILE)]
-    errors = {name: max(abs(a / b - 1) for a, b in zip(found, losses["python"], strict=True)) for name, found in losses.items()}
+        for overrides in ((), NOT_RANDOM):
+            case = dataclasses.replace(CASES["tiny"], overrides=(*CASES["tiny"].overrides, *overrides))
+            compared = [name for name in variants if (name in SPREAD or name in PARTS) == bool(overrides)]
+            losses: dict[str, list[float]] = {}
+            for name in dict.fromkeys(["python", *compared]) if compared else ():
+                recipe = made_up(case, name, folder, CHECKED_STEPS, 1)
+                recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, loss_chunk=min(recipe.train.loss_chunk, 50)))
+                recipe = dataclasses.replace(recipe, out=f"{recipe.out}, {len(overrides)}")
+                runs = processes if name in SPREAD else ALONE
+                if runs.size > 1 or processes.is_main:
+                    loop.run(TimedObjective(recipe, device, runs), recipe, device, processes=runs)
+                processes.wait()
+                losses[name] = [line["loss"] for line in read_log(Path(recipe.out) / LOG_FILE)]
+            errors |= {name: max(abs(a / b - 1) for a, b in zip(found, losses["python"], strict=True)) for name, found in losses.items()}
     return [f"{name}: losses off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
 
 

@@ -1,5 +1,7 @@
 """A whole mixer on the kernels against the same mixer on the plain path: the layouts, dtypes and lengths that training really passes."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ pytest.importorskip("triton")
 from omnimamba.config import PRESETS, Task
 from omnimamba.model.mamba2 import Mamba2Mixer, RMSNorm
 from omnimamba.ops import conv, norm, ssd
+
+NUM_DRAWS = 6
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -49,21 +53,26 @@ def test_mixer(kernel_device, monkeypatch, lengths, has_state):
 
 
 def test_under_autocast(kernel_device, monkeypatch):
-    """The dtypes of the plain path, and errors against fp32 not much above its errors."""
+    """The dtypes of the plain path, and errors against fp32 not much above its errors, over draws: some gradients have four numbers."""
     config = PRESETS["tiny"]
-    torch.manual_seed(0)
-    mixer = Mamba2Mixer(config.backbone, config.lora).to(kernel_device).eval()
-    pre_norm = RMSNorm(config.backbone.d_model, config.backbone.norm_eps).to(kernel_device)
-    u = torch.randn(2, 20, config.backbone.d_model, device=kernel_device)
-    results = {}
-    for path, is_kernel, is_bf16 in (("kernel", True, True), ("plain", False, True), ("fp32", False, False)):
-        for module in (conv, norm, ssd):
-            monkeypatch.setattr(module, "runs_kernel", lambda x, is_kernel=is_kernel: is_kernel)
-        with torch.autocast(kernel_device, dtype=torch.bfloat16, enabled=is_bf16):
-            results[path] = outputs_and_gradients(mixer, pre_norm, u)
-    for name, expected in results["fp32"].items():
-        found, plain = results["kernel"][name], results["plain"][name]
-        if expected is not None:
-            assert found.dtype == plain.dtype, name
-            error, plain_error = ((m.double() - expected.double()).norm() for m in (found, plain))
-            assert error <= 1.5 * plain_error + 2e-3 * expected.double().norm(), f"{name}: {error}, plain {plain_error}"
+    relative = defaultdict[str, list[list[float]]](list)
+    for seed in range(NUM_DRAWS):
+        torch.manual_seed(seed)
+        mixer = Mamba2Mixer(config.backbone, config.lora).to(kernel_device).eval()
+        pre_norm = RMSNorm(config.backbone.d_model, config.backbone.norm_eps).to(kernel_device)
+        u = torch.randn(2, 20, config.backbone.d_model, device=kernel_device)
+        results = {}
+        for path, is_kernel, is_bf16 in (("kernel", True, True), ("plain", False, True), ("fp32", False, False)):
+            for module in (conv, norm, ssd):
+                monkeypatch.setattr(module, "runs_kernel", lambda x, is_kernel=is_kernel: is_kernel)
+            with torch.autocast(kernel_device, dtype=torch.bfloat16, enabled=is_bf16):
+                results[path] = outputs_and_gradients(mixer, pre_norm, u)
+        for name, expected in results["fp32"].items():
+            found, plain = results["kernel"][name], results["plain"][name]
+            if expected is not None and expected.any():
+                assert found.dtype == plain.dtype, name
+                size = expected.double().norm()
+                relative[name].append([((m.double() - expected.double()).norm() / size).item() for m in (found, plain)])
+    for name, errors in relative.items():
+        error, plain_error = torch.tensor(errors).square().mean(0).sqrt().tolist()
+        assert error <= 1.5 * plain_error + 2e-3, f"{name}: {error}, plain {plain_error}"
