@@ -66,6 +66,8 @@ def test_round_trip(name):
 
 def test_parts_may_be_left_out():
     assert OmniMambaConfig.from_dict({}) == OmniMambaConfig()
+    for name, has_one in (("nano", True), ("1.3b", False)):  # configs without it keep the form, and the fingerprint, that they had
+        assert all(("mean_token" in tower) == has_one for tower in preset(name).to_dict()["towers"].values())
     config = OmniMambaConfig.from_dict({"backbone": {"n_layer": 2}, "towers": {"a": TOWER | {"timm_kwargs": {"depths": [1, 2]}}}})
     assert config.backbone == BackboneConfig(n_layer=2)
     assert config.towers["a"] == TowerConfig("some", 4, 8, 2, timm_kwargs=(("depths", (1, 2)),))

@@ -48,6 +48,21 @@ def test_features_do_not_depend_on_the_batch(config):
         assert torch.equal(towers({"tower": x[part]}), features[part])
 
 
+@torch.no_grad()
+def test_the_mean_token_follows_the_patches():
+    config = dataclasses.replace(CONVNEXT, num_tokens=65, mean_token=True)
+    torch.manual_seed(0)
+    plain = VisionTowers({"tower": CONVNEXT})
+    towers = VisionTowers({"tower": config})
+    towers.load_state_dict(plain.state_dict())
+    x = {"tower": pixels(config, 3)}
+    features, patches = towers(x), plain(x)
+    assert features.shape == (3, 65, 32) and torch.equal(features[:, :-1], patches)
+    torch.testing.assert_close(features[:, -1], patches.mean(1))
+    with pytest.raises(ValueError, match="gives num_tokens=65, .* says num_tokens=64"):
+        VisionTowers({"tower": dataclasses.replace(CONVNEXT, mean_token=True)})
+
+
 def test_blocks_after_the_layer_do_not_run():
     class Broken(nn.Module):
         def forward(self, x):
