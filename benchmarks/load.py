@@ -197,15 +197,18 @@ async def send(client: httpx.AsyncClient, call: Call) -> tuple[str | None, float
     return answer, time.perf_counter() - began, first
 
 
-def offline_answer(omni: OmniMamba, call: Call) -> str:
-    """What the offline API says to it alone."""
+def offline_answer(omni: OmniMamba, call: Call) -> str | bytes:
+    """What the offline API says to it alone: a text, or the pixels of an image."""
     if call.caption is not None:
-        file = io.BytesIO()
-        omni.generate_image(call.caption, temperature=0, guidance_scale=2.0, top_p=1.0)[0].save(file, "PNG")
-        return base64.b64encode(file.getvalue()).decode()
+        return omni.generate_image(call.caption, temperature=0, guidance_scale=2.0, top_p=1.0)[0].tobytes()
     answer = omni.describe(drawing(call.image_idx), call.question, max_new_tokens=MAX_TOKENS)
     assert isinstance(answer, str)
     return answer
+
+
+def content(call: Call, answer: str) -> str | bytes:
+    """Of a served answer, what `offline_answer` gives."""
+    return answer if call.caption is None else Image.open(io.BytesIO(base64.b64decode(answer))).tobytes()
 
 
 # ---- the parts
@@ -227,9 +230,9 @@ async def under_load(client: httpx.AsyncClient, process: subprocess.Popen, omni:
     growth = resident_bytes(process.pid) - before - (await metric(client, "omnimamba_prefix_cache_bytes") - cached)
     expected = {call.key: call for call in calls}
     answers = {key: offline_answer(omni, call) for key, call in expected.items()}
-    finished = [(call, *result) for call, result in zip(calls, results, strict=True) if result[0] is not None]
+    finished = [(call, answer, *times) for call, (answer, *times) in zip(calls, results, strict=True) if answer is not None]
     is_exact = omni.device.type == "cpu" and omni.bundle.model.dtype == torch.float32
-    wrong = [call for call, answer, *_ in finished if answer != answers[call.key]]
+    wrong = [call for call, answer, *_ in finished if content(call, answer) != answers[call.key]]
     return {
         "requests": len(calls),
         "hung up": len(calls) - len(finished),

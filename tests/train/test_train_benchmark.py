@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def test_its_recipes(monkeypatch, tmp_path):
@@ -25,21 +26,26 @@ def test_its_recipes(monkeypatch, tmp_path):
         for name, r in ((n, benchmark.made_up(c, "python", tmp_path, 4, 2)) for n, c in benchmark.CASES.items())
     } == {
         "1.3b stage 2": (3, 48),
+        "1.3b stage 2, 4 MMU": (4, 48),
         "1.3b stage 1 T2I": (0, 90),
         "nano stage 2": (320, 224),
-        "tiny": (6, 4),
+        "tiny": (6, 6),
     }
 
 
 @pytest.mark.slow
-def test_its_figures(tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "variants"), [([], ["python", "recompute, chunk", "parts, chunk"]), (TORCHRUN, ["ddp, chunk", "fsdp, recompute, chunk"])]
+)
+def test_its_figures(tmp_path, launcher, variants):
     out = tmp_path / "train.json"
-    command = [sys.executable, BENCHMARKS / "train.py", "--cpu", "--cases", "tiny", "--steps", "2", "--json", out]
-    command += ["--variants", "python", "recompute, chunk"]
+    command = [sys.executable, *launcher, BENCHMARKS / "train.py", "--cpu", "--cases", "tiny", "--steps", "2", "--json", out]
+    command += ["--variants", *variants]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(out.read_text())
     assert report == json.loads(result.stdout.splitlines()[-1])
+    assert list(report["cases"]["tiny"]) == variants and report["processes"] == (2 if launcher else 1)
     for figures in report["cases"]["tiny"].values():
         assert figures["tokens/s"] > figures["steps/s"] > 0 and 0 < figures["MFU"] < 1
 

@@ -7,15 +7,16 @@ What a step brings forth is handed to the event loop in one go.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from omnimamba.engine.engine import Engine
 from omnimamba.engine.request import Event, Request
@@ -28,6 +29,8 @@ RATE_SECONDS = 10.0
 STOP_SECONDS = 30.0
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def aside(function: Callable[[], T]) -> T:
@@ -179,6 +182,45 @@ class EngineThread:
         self._counts.append((now, self.num_tokens))
         while now - self._counts[0][0] > RATE_SECONDS:
             self._counts.popleft()
+
+
+class Together(Generic[Item, Result]):
+    """A function of a list, called in the thread once for all who want something of it by then: a GPU makes many images as fast as one."""
+
+    def __init__(self, function: Callable[[list[Item]], Sequence[Result]]) -> None:
+        """function: gives a result for each item, whatever else is in the list."""
+        self._function = function
+        self._wanted: deque[_Wanted[Item, Result]] = deque()
+
+    async def __call__(
+        self, call: Callable[[Callable[[], Sequence[Result]]], Awaitable[Sequence[Result]]], items: Sequence[Item]
+    ) -> Sequence[Result]:
+        """The results of the items, or what the function raised. call: runs something in the thread, as `EngineThread.call` does."""
+        mine = _Wanted[Item, Result](items)
+        self._wanted.append(mine)
+        return await call(lambda: self._results(mine))
+
+    def _results(self, mine: _Wanted[Item, Result]) -> Sequence[Result]:
+        if mine.results is None and mine.error is None:
+            wanted = [self._wanted.popleft() for _ in range(len(self._wanted))]
+            try:
+                results = iter(self._function([item for one in wanted for item in one.items]))
+                for one in wanted:
+                    one.results = [next(results) for _ in one.items]
+            except Exception as error:
+                for one in wanted:
+                    one.error = error
+        if mine.error is not None:
+            raise mine.error
+        assert mine.results is not None
+        return mine.results
+
+
+@dataclasses.dataclass
+class _Wanted(Generic[Item, Result]):
+    items: Sequence[Item]
+    results: Sequence[Result] | None = None
+    error: Exception | None = None
 
 
 _Inbox = asyncio.Queue[list[tuple[int, Event]] | Exception]

@@ -25,7 +25,7 @@ from omnimamba.model.state import MambaState
 from omnimamba.processor.image import load_image, resize_naive, tower_pixels
 from omnimamba.processor.prompt import mmu_after_image, mmu_before_image, next_turn_ids
 from omnimamba.server.config import ServerConfig
-from omnimamba.server.engine_thread import EngineThread, Generation, aside
+from omnimamba.server.engine_thread import EngineThread, Generation, Together, aside
 from omnimamba.server.errors import ApiError, bad_request
 from omnimamba.server.metrics import Metrics
 from omnimamba.server.sources import check_image
@@ -89,6 +89,7 @@ class Service:
                 f"state_bytes={config.state_bytes} has no room for one state, which takes {self.bytes_per_state}; 0 keeps none"
             )
         self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="images")
+        self._paint = Together(omni.paint)
         self._mean_seconds = 1.0
 
     @property
@@ -269,7 +270,7 @@ class Service:
                         yield Painting(image_idx, await generation.call(lambda ids=ids: self.omni.paint_so_far(ids)), num_rows, False)
                 complete = [image_idx for image_idx, event in batch if event.finish_reason is not None]
                 ids = [tokens[image_idx] for image_idx in complete]
-                images = await generation.call(lambda ids=ids: self.omni.paint(ids)) if complete else []
+                images = await self._paint(generation.call, ids) if complete else []
                 self.metrics.images.inc(len(images))
                 for image_idx, image in zip(complete, images, strict=True):
                     yield Painting(image_idx, image, grid_size, True)
