@@ -284,7 +284,8 @@ def measure(arguments: argparse.Namespace, device: torch.device, processes: Proc
         return 1
     say = functools.partial(print, flush=True) if processes.is_main else lambda *_, **__: None
     rate = product_rate(device.type)
-    report: dict[str, Any] = begin(device.type, variants=variants, processes=processes.size)
+    with contextlib.nullcontext() if processes.is_main else contextlib.redirect_stdout(None):
+        report: dict[str, Any] = begin(device.type, variants=variants, processes=processes.size)
     report |= {"product TFLOP/s": rate / 1e12, "cases": {}}
     say(f"all variants have the losses of Python; bf16 product {rate / 1e12:.3g} TFLOP/s")
     for name in arguments.cases:
