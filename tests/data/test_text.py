@@ -150,7 +150,11 @@ def test_malformed_conversations(write, content, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(lines(TALK).encode())[:-9], gzip.compress(b"\xff\xfe{}")])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(lines(TALK).encode())[:-9], gzip.compress(b"\xff\xfe{}")],
+    ids=["no gzip", "cut short", "no text"],  # gzip files hold the time, and all workers have to give a test the same name
+)
 def test_damaged_file(tmp_path, content):
     path = tmp_path / "talk.jsonl.gz"
     path.write_bytes(content)
