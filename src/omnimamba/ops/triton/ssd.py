@@ -266,12 +266,12 @@ class SsdChunkScan(torch.autograd.Function):
 
 def walk_spans(x: Tensor, log_decay: Tensor, log_input: Tensor, B: Tensor, span: int, spans: int, rows: int) -> tuple[Tensor, Tensor]:
     """What each of the first `spans` spans adds to the state, [spans, b, h, p, n], and its decay over the span, [spans, b, h]."""
-    b, _, h, p = x.shape
+    b, l, h, p = x.shape
     n = B.shape[3]
     added = torch.empty((spans, b, h, p, n), dtype=torch.float32, device=x.device)
     decays = torch.empty((spans, b, h), dtype=torch.float32, device=x.device)
     span_kernel[b * h, 1, spans](
-        x, log_decay, log_input, B, added, decays, *strides(x), *log_decay.stride()[:2], *strides(B), x.shape[1], span,
+        x, log_decay, log_input, B, added, decays, *strides(x), *log_decay.stride()[:2], *strides(B), l, span,
         **sizes(x, B, ssd_launch("ssd_spans", x, n)._replace(rows=rows)),
     )  # fmt: skip
     return added, decays
