@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from omnimamba.ops.triton import block, conv, decode, decode_sample, norm, prefill, ssd, ssd_backward
+from omnimamba.ops.triton import conv, decode, decode_sample, lora, norm, prefill, ssd, ssd_backward
 
 pytestmark = [
     pytest.mark.slow,
@@ -156,10 +156,18 @@ def test_what_the_convolution_carries_along(monkeypatch, tmp_path):
     assert loops and all(line.count(" = %") - 1 == 11 for line in loops), loops
 
 
-def test_dropout(monkeypatch, tmp_path):
-    monkeypatch.setattr(block, "dropout_kernel", Compiled(block.dropout_kernel, tmp_path))
-    block.dropout(torch.empty(24 * 329, 2048, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), 0.05)
-    assert block.dropout_kernel.spilled == [0]
+def test_lora_of_1_3b(monkeypatch, tmp_path):
+    names = [name for name in vars(lora) if name.endswith("_kernel")]
+    for name in names:
+        monkeypatch.setattr(lora, name, Compiled(getattr(lora, name), tmp_path))
+    bf16 = torch.bfloat16
+    wide, dropout = torch.empty(24 * 329, 2112, dtype=bf16), lora.Dropout(torch.zeros(1, dtype=torch.int64), 0.05)
+    A, B, low = torch.empty(8, 2048), torch.empty(8512, 8, dtype=bf16), wide[:, 2048:2056]
+    lora.down(wide[:, :2048], A, dropout, low)
+    dlow, _ = lora.outer_gradients(torch.empty(24 * 329, 8512, dtype=bf16), low, B)
+    lora.inner_gradient(wide[:, :2048], dlow, dropout)
+    lora.add_up(torch.empty(24 * 329, 2048, dtype=bf16), dlow, A, dropout)
+    assert {name: getattr(lora, name).spilled for name in names} == {name: [0] for name in names}
 
 
 @pytest.fixture

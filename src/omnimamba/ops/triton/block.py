@@ -8,14 +8,9 @@ The definition is `Mamba2Block.forward`; the dropout before LoRA draws its own n
 the backward pass draws the same.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
-
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +18,7 @@ from omnimamba.ops.block import BlockOptions, BlockWeights
 from omnimamba.ops.norm import output_dtype
 from omnimamba.ops.ssd import A_of, split_scan_inputs
 from omnimamba.ops.triton.conv import conv_backward, conv_forward
-from omnimamba.ops.triton.launch import launch
+from omnimamba.ops.triton.lora import Dropout, add_up, down, inner_gradient, outer_gradients
 from omnimamba.ops.triton.norm import norm_backward, norm_forward
 from omnimamba.ops.triton.prefill import positive_steps
 from omnimamba.ops.triton.ssd import scan_forward
@@ -34,41 +29,40 @@ class Inputs(NamedTuple):
     """What leads to the scan."""
 
     u: Tensor  # [b * l, d], the normed residual stream
-    dropped: Tensor  # [b * l, d], u after dropout
-    low: Tensor | None  # [b * l, r], LoRA's A times that
+    low: Tensor | None  # [b * l, r], LoRA's A times u after dropout
     zxbcdt: Tensor  # [b, l, n], in_proj's output
     xBC: Tensor  # [b, l, c], the convolution's output
     dt: Tensor  # [b, l, h]
 
 
-@triton.jit(do_not_specialize=["num"])
-def dropout_kernel(x, seed, out, num, zeros, scale, TILE: tl.constexpr):
-    """Each number is kept if 16 bits of its own are at least `zeros`. Philox with 7 rounds, the fewest that pass the tests of its authors
-    (Salmon et al. 2011), gives 128 bits at once, for eight runs of TILE neighbours."""
-    o_run = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    draws = tl.randint4x(tl.load(seed), o_run, n_rounds=7)
-    first = tl.program_id(0).to(tl.int64) * (8 * TILE) + tl.arange(0, TILE)
-    for i in tl.static_range(8):
-        o = first + i * TILE
-        b_x = tl.load(x + o, mask=o < num, other=0.0).to(tl.float32)
-        is_kept = ((draws[i // 2] >> (16 * (i % 2))) & 0xFFFF) >= zeros
-        tl.store(out + o, tl.where(is_kept, b_x * scale, 0.0).to(out.dtype.element_ty), mask=o < num)
+class Rounded(NamedTuple):
+    """The weights of the large products, in the dtype of products."""
+
+    in_proj: Tensor  # [n, d + p], beside it LoRA's B times its scaling, filled up with zeros
+    lora_B: Tensor | None  # [n, r], the same B
+    out_proj: Tensor  # [d, d_inner]
 
 
-def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """x, contiguous, with a share p of its numbers set to 0 and the others divided by 1 - p; the same ones for the same seed [1] int64.
+def rounded(weights: BlockWeights, scaling: float, dtype: torch.dtype) -> Rounded:
+    in_proj, out_proj = weights.in_proj, weights.out_proj.to(dtype)
+    if weights.lora_B is None:
+        return Rounded(in_proj.to(dtype), None, out_proj)
+    (n, d), r = in_proj.shape, weights.lora_B.shape[1]
+    joined, lora_B = rows_of(n, d + padded(r), in_proj.device, dtype), (weights.lora_B * scaling).to(dtype)
+    joined[:, :d] = in_proj
+    joined[:, d : d + r] = lora_B
+    joined[:, d + r :] = 0
+    return Rounded(joined, lora_B, out_proj)
 
-    p is rounded to a multiple of 2**-16.
-    """
-    zeros = round(p * 2**16)
-    if zeros == 0:
-        return x
-    out, choice = torch.empty(x.shape, dtype=x.dtype, device=x.device), launch("dropout", x.shape[-1])
-    dropout_kernel[(triton.cdiv(x.numel(), 8 * choice.columns),)](
-        x, seed, out, x.numel(), zeros, 1 / (1 - zeros / 2**16), TILE=choice.columns,
-        num_warps=choice.num_warps, num_stages=choice.num_stages,
-    )  # fmt: skip
-    return out
+
+def padded(r: int) -> int:
+    """Columns of LoRA's inner numbers beside d others: rows of a matrix product have to be multiples of 16 bytes."""
+    return -(-r // 8) * 8
+
+
+def rows_of(num: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """An empty [num, width] whose rows begin at multiples of 128 bytes."""
+    return torch.empty((num, -(-width // 64) * 64), dtype=dtype, device=device)[:, :width]
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,26 +84,24 @@ def split_scan(xBC: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor, Tens
 
 
 def read(
-    residual: Tensor, weights: BlockWeights, options: BlockOptions, seed: Tensor | None, lengths: Tensor | None, dtype: torch.dtype,
-    kept: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor, weights: BlockWeights, products: Rounded, options: BlockOptions, dropout: Dropout, lengths: Tensor | None,
+    kept: tuple[Tensor, ...] = (),
 ) -> Inputs:  # fmt: skip
-    """kept: zxbcdt and xBC, where they are there from the forward pass."""
+    """kept: zxbcdt and low, where they are there from the forward pass."""
     b, l, d = residual.shape
-    u = norm_forward(residual.view(-1, d), None, weights.norm, options.eps, 1, dtype)
-    dropped = u if seed is None else dropout(u, seed, options.dropout)
-    low = None if weights.lora_A is None else dropped @ weights.lora_A.to(dtype).T
-    if kept is None:
-        in_proj = weights.in_proj.to(dtype)
-        if low is None or weights.lora_B is None:
-            zxbcdt = u @ in_proj.T
-        else:
-            zxbcdt = (low @ (weights.lora_B * options.scaling).to(dtype).T).addmm_(u, in_proj.T)
-        zxbcdt = zxbcdt.view(b, l, -1)
-        xBC = conv_forward(split_parts(zxbcdt, options)[1], *rounded_conv(weights, dtype))
+    dtype = products.in_proj.dtype
+    wide = rows_of(b * l, products.in_proj.shape[1], residual.device, dtype)
+    u, low = wide[:, :d], None
+    norm_forward(residual.view(-1, d), None, weights.norm, options.eps, 1, u)
+    if kept:
+        zxbcdt, low = kept if weights.lora_A is not None else (kept[0], None)
     else:
-        zxbcdt, xBC = kept
-    dt = positive_steps(split_parts(zxbcdt, options)[2], weights.dt_bias.float(), lengths)
-    return Inputs(u, dropped, low, zxbcdt, xBC, dt)
+        if weights.lora_A is not None:
+            down(u, weights.lora_A, dropout, wide[:, d:])
+            low = wide[:, d : d + weights.lora_A.shape[0]]
+        zxbcdt = (wide @ products.in_proj.T).view(b, l, -1)
+    _, xBC, dt = split_parts(zxbcdt, options)
+    return Inputs(u, low, zxbcdt, conv_forward(xBC, *rounded_conv(weights, dtype)), positive_steps(dt, weights.dt_bias.float(), lengths))
 
 
 def rounded_conv(weights: BlockWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,13 +117,15 @@ class Block(torch.autograd.Function):
         has_dropout = weights.lora_A is not None and options.dropout > 0
         seed = torch.randint(2**62, (1,), device=residual.device) if has_dropout else None
         with torch.autocast(residual.device.type, enabled=False):
-            inputs = read(residual, weights, options, seed, lengths, dtype)
+            products = rounded(weights, options.scaling, dtype)
+            inputs = read(residual, weights, products, options, Dropout(seed, options.dropout), lengths)
             z, _, _ = split_parts(inputs.zxbcdt, options)
             x, B, C = split_scan(inputs.xBC, options)
             y = scan_forward(x, inputs.dt, A_of(weights.A_log), B, C, weights.D.float()).y
-            gated = norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, dtype)
-            out = residual + (gated @ weights.out_proj.to(dtype).T).view(b, l, d)
-        kept = () if options.recompute else (inputs.zxbcdt, inputs.xBC)
+            gated = torch.empty((b * l, y.shape[2] * y.shape[3]), dtype=dtype, device=y.device)
+            norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, gated)
+            out = residual + (gated @ products.out_proj.T).view(b, l, d)
+        kept = () if options.recompute else (inputs.zxbcdt,) if inputs.low is None else (inputs.zxbcdt, inputs.low.contiguous())
         ctx.save_for_backward(residual, y, seed, lengths, *tensors, *kept)
         ctx.options, ctx.dtype = options, dtype
         return out
@@ -146,8 +140,10 @@ class Block(torch.autograd.Function):
         needs = BlockWeights(*ctx.needs_input_grad[3:])
         b, l, d = residual.shape
         eps, groups = options.eps, options.num_groups
+        dropout = Dropout(seed, options.dropout)
         with torch.autocast(residual.device.type, enabled=False):
-            inputs = read(residual, weights, options, seed, lengths, dtype, kept or None)
+            products = rounded(weights, options.scaling, dtype)
+            inputs = read(residual, weights, products, options, dropout, lengths, kept)
             dzxbcdt = torch.empty(inputs.zxbcdt.shape, dtype=dtype, device=residual.device)
             z, xBC, _ = (m.flatten(0, 1) for m in split_parts(inputs.zxbcdt, options))
             dz, dxBC, ddt = split_parts(dzxbcdt, options)
@@ -158,10 +154,10 @@ class Block(torch.autograd.Function):
             dhidden = dout.view(-1, d).to(dtype)
             y = y.view(b * l, -1)
             if needs.out_proj:
-                gated = norm_forward(y, z, weights.gated_norm, eps, groups, dtype)
+                gated = norm_forward(y, z, weights.gated_norm, eps, groups, torch.empty(y.shape, dtype=dtype, device=y.device))
                 grads["out_proj"] = product(dhidden.T, gated, weights.out_proj.dtype)
                 del gated
-            dgated = dhidden @ weights.out_proj.to(dtype)
+            dgated = dhidden @ products.out_proj
             dy, grads["gated_norm"] = norm_backward(y, z, weights.gated_norm, dgated, eps, groups, dgates=dz.flatten(0, 1))
             del dgated
 
@@ -183,16 +179,13 @@ class Block(torch.autograd.Function):
 
             # in_proj and LoRA
             dzxbcdt = dzxbcdt.view(b * l, -1)
-            if weights.lora_A is None or weights.lora_B is None or inputs.low is None:
-                du = dzxbcdt @ weights.in_proj.to(dtype)
-            else:
-                dlow = dzxbcdt @ (weights.lora_B * options.scaling).to(dtype)
-                if needs.lora_B:
-                    grads["lora_B"] = product(dzxbcdt.T, inputs.low, torch.float32) * options.scaling
+            du = dzxbcdt @ products.in_proj[:, :d]
+            if weights.lora_A is not None and products.lora_B is not None and inputs.low is not None:
+                dlow, dB = outer_gradients(dzxbcdt, inputs.low, products.lora_B)
+                grads["lora_B"] = dB * options.scaling
                 if needs.lora_A:
-                    grads["lora_A"] = product(dlow.T, inputs.dropped, torch.float32)
-                du = dlow @ weights.lora_A.to(dtype)
-                du = (du if seed is None else dropout(du, seed, options.dropout)).addmm_(dzxbcdt, weights.in_proj.to(dtype))
+                    grads["lora_A"] = inner_gradient(inputs.u, dlow, dropout)
+                add_up(du, dlow, weights.lora_A, dropout)
             if needs.in_proj:
                 grads["in_proj"] = product(dzxbcdt.T, inputs.u, weights.in_proj.dtype)
             dresidual, grads["norm"] = norm_backward(residual.view(-1, d), None, weights.norm, du, eps, 1, addend=dout.view(-1, d))

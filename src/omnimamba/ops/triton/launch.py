@@ -53,8 +53,11 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     "ssd_backward": ((torch.inf, Launch(64, 0, num_warps=4, num_stages=1, max_registers=168)),),
     "ssd_backward_states": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=3, max_registers=128)),),
     "ssd_backward_weights": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=3)),),
-    # the columns are numbers of one run; a program has eight
-    "dropout": ((torch.inf, Launch(1, 512, num_warps=4, num_stages=1)),),
+    # width: channels of the wide tensor; rows and columns are those of its tile
+    "lora_down": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=3)),),
+    "lora_up": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=1)),),
+    "lora_inner_gradient": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=3)),),
+    "lora_outer_gradients": ((torch.inf, Launch(256, 64, num_warps=8, num_stages=4)),),
     # width: channels; the rows are positions of step sizes, the columns channels of conv states
     "prefill_ends": ((torch.inf, Launch(32, 256, num_warps=4, num_stages=1)),),
     # width: channels of the residual stream

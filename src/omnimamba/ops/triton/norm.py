@@ -22,7 +22,7 @@ from omnimamba.ops.triton.launch import NORM_PROGRAMS, Launch, launch
 
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
-    y, y_row, z, z_row, weight, out, num_rows, eps,
+    y, y_row, z, z_row, weight, out, out_row, num_rows, eps,
     GATED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -36,7 +36,7 @@ def forward_kernel(
     r = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_out = u * r[:, None] * w[None, :]
-    tl.store(out + o_row[:, None] * (G * D) + (first + o_d)[None, :], b_out.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + o_row[:, None] * out_row + (first + o_d)[None, :], b_out.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -74,13 +74,12 @@ def backward_kernel(
     tl.store(partial + tl.program_id(0) * (G * D) + first + o_d, tl.sum(dweight, 0), mask=o_d < D)
 
 
-def norm_forward(rows: Tensor, gates: Tensor | None, weight: Tensor, eps: float, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """The norm [rows, d] in `dtype`. rows, gates: [rows, d], dense in d; gates None: there is no gate."""
+def norm_forward(rows: Tensor, gates: Tensor | None, weight: Tensor, eps: float, num_groups: int, out: Tensor) -> Tensor:
+    """`out`, to which the norm is written. rows, gates, out: [rows, d], dense in d; gates None: there is no gate."""
     num_rows, d = rows.shape
-    out = torch.empty((num_rows, d), dtype=dtype, device=rows.device)
     choice = launch("norm_forward", d // num_groups)
     forward_kernel[triton.cdiv(num_rows, choice.rows), num_groups](
-        rows, *gate_arguments(rows, gates), weight, out, num_rows, eps, **sizes(d, num_groups, gates is not None, choice)
+        rows, *gate_arguments(rows, gates), weight, out, out.stride(0), num_rows, eps, **sizes(d, num_groups, gates is not None, choice)
     )  # fmt: skip
     return out
 
@@ -121,7 +120,8 @@ class RMSNorm(torch.autograd.Function):
         rows, gates = as_rows(y), None if z is None else as_rows(z)
         ctx.save_for_backward(rows, gates, weight)
         ctx.eps, ctx.num_groups, ctx.shape = eps, num_groups, y.shape
-        return norm_forward(rows, gates, weight, eps, num_groups, dtype).view(y.shape)
+        out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+        return norm_forward(rows, gates, weight, eps, num_groups, out).view(y.shape)
 
     @staticmethod
     @once_differentiable
