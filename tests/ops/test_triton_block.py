@@ -27,14 +27,17 @@ def block_of(device, *, rank=4, dropout=0.0, **sizes):
     return block.to(device)
 
 
-def learn(block, residual, task=Task.MMU, **options):
-    """The output and the gradients of the residual stream and of all parameters that train."""
-    residual = residual.detach().requires_grad_()
-    out = block(residual, task, **options)
-    trained = {name: p for name, p in block.named_parameters() if p.requires_grad} | {"residual": residual}
-    way = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
-    grads = torch.autograd.grad(out, list(trained.values()), way, allow_unused=True)
-    return {"out": out} | dict(zip(trained, grads, strict=True))
+def learn(block, residual, task=Task.MMU, *, hidden_dtype=torch.float32, lengths=None, **saving):
+    """The outputs and the gradients of both inputs and of all parameters that train."""
+    inputs = {"residual": residual.detach().requires_grad_()}
+    if hidden_dtype is not None:  # not the first block
+        inputs["hidden"] = (residual.detach().flip(-1) / 2).to(hidden_dtype).requires_grad_()
+    outs = block(inputs["residual"], inputs.get("hidden"), task, lengths, saving=ops.Saving(**saving))
+    trained = {name: p for name, p in block.named_parameters() if p.requires_grad} | inputs
+    generator = torch.Generator().manual_seed(1)
+    ways = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outs]
+    grads = torch.autograd.grad(outs, list(trained.values()), ways, allow_unused=True)
+    return {"total": outs[0], "out": outs[1]} | dict(zip(trained, grads, strict=True))
 
 
 @pytest.fixture
@@ -82,6 +85,35 @@ def test_gradients(kernel_device, whole, lengths, recompute):
     assert_equal_gradients(found, expected)
 
 
+def test_first_block(kernel_device, whole):
+    block, residual = block_of(kernel_device), torch.randn(2, 9, TINY.backbone.d_model, device=kernel_device)
+    whole(False)
+    expected = learn(block, residual, hidden_dtype=None)
+    whole(True)
+    assert_equal_gradients(learn(block, residual, hidden_dtype=None), expected)
+
+
+def test_rounded_weights_are_made_once(kernel_device, whole, monkeypatch):
+    block, residual = block_of(kernel_device), torch.randn(2, 9, TINY.backbone.d_model, device=kernel_device)
+    made = []
+    make = kernel.rounded
+
+    def counted(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(kernel, "rounded", counted)
+    whole(True)
+    weights = ops.RoundedWeights()
+    for num, task in enumerate((Task.MMU, Task.MMU, Task.T2I, Task.MMU)):
+        expected = learn(block, residual, task)
+        assert_equal_gradients(learn(block, residual, task, rounded=weights), expected, 0)
+        assert len(made) == 2 * (num + 1) + (1 if num < 2 else 2)  # forwards and backwards where nothing is kept; one of each task
+    with torch.no_grad():
+        block.mixer.out_proj.weight.mul_(2)
+    assert_equal_gradients(learn(block, residual, rounded=weights), learn(block, residual), 0)
+
+
 def test_several_chunks_and_spans(kernel_device, whole):
     """More positions than the scan's chunk and the span of a program of the convolution."""
     block, residual = block_of(kernel_device), torch.randn(1, 150, TINY.backbone.d_model, device=kernel_device)
@@ -119,7 +151,7 @@ def test_under_autocast(kernel_device, whole):
     for path, is_whole, is_bf16 in (("whole", True, True), ("composed", False, True), ("fp32", False, False)):
         whole(is_whole)
         with torch.autocast(kernel_device, torch.bfloat16, enabled=is_bf16):
-            results[path] = learn(block, residual, recompute=True)
+            results[path] = learn(block, residual, hidden_dtype=torch.bfloat16, recompute=True)
     for name, expected in results["fp32"].items():
         found, composed = results["whole"][name], results["composed"][name]
         if expected is not None:

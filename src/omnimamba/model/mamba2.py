@@ -14,7 +14,7 @@ from omnimamba.config import BackboneConfig, LoraConfig, Task
 from omnimamba.model.lora import TaskLoraLinear, Tasks
 from omnimamba.model.state import MambaState
 from omnimamba.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd_chunk_scan, ssd_step
-from omnimamba.ops.block import BlockOptions, BlockWeights, can_learn_block, learn_block
+from omnimamba.ops.block import EVERYTHING_KEPT, BlockOptions, BlockWeights, Saving, can_learn_block, learn_block
 from omnimamba.ops.norm import Squares, length_mask, softplus_dt
 from omnimamba.ops.prefill import add_rms_norm, gated_scan, scan_inputs
 from omnimamba.ops.ssd import A_of, split_scan_inputs
@@ -149,18 +149,22 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2Mixer(config, lora)
 
-    def forward(self, residual: Tensor, task: Tasks, lengths: Tensor | None = None, *, recompute: bool = False) -> Tensor:
-        """The residual stream [b, l, d] after this block. recompute: see `Mamba2Backbone.forward`."""
-        options = self.mixer.block_options(recompute)
+    def forward(
+        self, residual: Tensor, hidden: Tensor | None, task: Tasks, lengths: Tensor | None = None, *, saving: Saving = EVERYTHING_KEPT
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [b, l, d] that this block reads, with the output `hidden` of the block before it, and its own output, which
+        has yet to be added."""
+        options = self.mixer.block_options(saving.recompute)
         if self.training and not isinstance(task, Tensor) and can_learn_block(residual, options):
-            return learn_block(residual, self.mixer.block_weights(self.norm.weight, task), options, lengths)
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(self.by_operators, residual, task, lengths, use_reentrant=False)
-        return self.by_operators(residual, task, lengths)
+            weights = self.mixer.block_weights(self.norm.weight, task)
+            return learn_block(residual, hidden, weights, options, lengths, saving.rounded)
+        if saving.recompute and torch.is_grad_enabled():
+            return checkpoint(self.by_operators, residual, hidden, task, lengths, use_reentrant=False)
+        return self.by_operators(residual, hidden, task, lengths)
 
-    def by_operators(self, residual: Tensor, task: Tasks, lengths: Tensor | None) -> Tensor:
-        hidden, _, _ = self.mixer(self.norm(residual), task, lengths=lengths)
-        return residual + hidden
+    def by_operators(self, residual: Tensor, hidden: Tensor | None, task: Tasks, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = residual if hidden is None else residual + hidden
+        return residual, self.mixer(self.norm(residual), task, lengths=lengths)[0]
 
 
 class Mamba2Backbone(nn.Module):
@@ -172,22 +176,27 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
-        self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None, recompute: bool = False
+        self,
+        x: Tensor,
+        task: Tasks,
+        *,
+        state: MambaState | None = None,
+        lengths: Tensor | None = None,
+        saving: Saving = EVERYTHING_KEPT,
     ) -> Tensor:
         """Final hidden states [b, l, d]; with `state` (b slots) the rows continue from it, and `read` updates it in place.
 
         x: [b, l, d] embeddings with positions added; lengths: [b] valid positions of right-padded rows. What stands in the padding,
-        even NaN, reaches no valid position and no state. recompute: a backward pass keeps little and computes the rest of each block a
-        second time (activation checkpointing): all but the residual stream, or all but that and the scan where a block is one operator.
+        even NaN, reaches no valid position and no state.
         """
         if lengths is not None:
             x = x.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0)
         if state is not None:
             return self.read(x, task, state, lengths=lengths)
-        residual = x.float()
+        residual, hidden = x.float(), None
         for block in self.layers:
-            residual = block(residual, task, lengths, recompute=recompute)
-        return self.norm_f(residual)
+            residual, hidden = block(residual, hidden, task, lengths, saving=saving)
+        return self.norm_f(residual if hidden is None else residual + hidden)
 
     @torch.no_grad()
     def read(self, x: Tensor, task: Tasks, state: MambaState, *, slots: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:

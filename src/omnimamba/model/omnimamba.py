@@ -13,6 +13,7 @@ from omnimamba.model.lora import Tasks
 from omnimamba.model.mamba2 import Mamba2Backbone
 from omnimamba.model.quantize import quantize_model
 from omnimamba.model.state import MambaState
+from omnimamba.ops.block import EVERYTHING_KEPT, Saving
 from omnimamba.ops.cross_entropy import linear_cross_entropy
 from omnimamba.ops.quant import linear
 
@@ -117,10 +118,16 @@ class OmniMambaModel(nn.Module):
         return linear(hidden, head.weight)
 
     def forward(
-        self, x: Tensor, task: Tasks, *, state: MambaState | None = None, lengths: Tensor | None = None, recompute: bool = False
+        self,
+        x: Tensor,
+        task: Tasks,
+        *,
+        state: MambaState | None = None,
+        lengths: Tensor | None = None,
+        saving: Saving = EVERYTHING_KEPT,
     ) -> Tensor:
         """Hidden states [b, l, d] for embeddings x [b, l, d] that have their positions; see `Mamba2Backbone.forward`."""
-        return self.backbone(x, task, state=state, lengths=lengths, recompute=recompute)
+        return self.backbone(x, task, state=state, lengths=lengths, saving=saving)
 
     def t2i_embeddings(self, caption_ids: Tensor, image_ids: Tensor) -> Tensor:
         """The T2I training sequence with positions: prompt, image tokens, [eoi].
@@ -136,11 +143,17 @@ class OmniMambaModel(nn.Module):
         return self.t2i_loss_sum(caption_ids, image_ids) / image_ids.numel()
 
     def t2i_loss_sum(
-        self, caption_ids: Tensor, image_ids: Tensor, read_ids: Tensor | None = None, *, chunk: int = 0, recompute: bool = False
+        self,
+        caption_ids: Tensor,
+        image_ids: Tensor,
+        read_ids: Tensor | None = None,
+        *,
+        chunk: int = 0,
+        saving: Saving = EVERYTHING_KEPT,
     ) -> Tensor:
         """The summed cross entropy of the image tokens. read_ids: [b, t], what the model reads in their place (None: themselves);
-        `chunk` as in `linear_cross_entropy`, `recompute` as in the backbone."""
-        hidden = self(self.t2i_embeddings(caption_ids, image_ids if read_ids is None else read_ids), Task.T2I, recompute=recompute)
+        `chunk` as in `linear_cross_entropy`, `saving` as in the backbone."""
+        hidden = self(self.t2i_embeddings(caption_ids, image_ids if read_ids is None else read_ids), Task.T2I, saving=saving)
         before = caption_ids.shape[1] - 2  # position of [soi], which predicts the first image token
         hidden = hidden[:, before : before + image_ids.shape[1]]
         return self.loss_sum(hidden.flatten(0, 1), image_ids.flatten(), Task.T2I, chunk)
@@ -162,13 +175,19 @@ class OmniMambaModel(nn.Module):
         return self.add_positions(self.embed_mmu(ids, image), Task.MMU)
 
     def mmu_hidden(
-        self, ids: Tensor, places: Tensor, features: Tensor | None, image_rows: Tensor | None = None, *, recompute: bool = False
+        self,
+        ids: Tensor,
+        places: Tensor,
+        features: Tensor | None,
+        image_rows: Tensor | None = None,
+        *,
+        saving: Saving = EVERYTHING_KEPT,
     ) -> Tensor:
         """Hidden states [n, d] before the tokens at `places` [n] of the flattened text [b * t] after the markers.
 
         The other arguments as `mmu_embeddings`.
         """
-        hidden = self(self.mmu_embeddings(ids, features, image_rows), Task.MMU, recompute=recompute)
+        hidden = self(self.mmu_embeddings(ids, features, image_rows), Task.MMU, saving=saving)
         return hidden[:, -ids.shape[1] + 3 : -1].flatten(0, 1).index_select(0, places)
 
     def mmu_logits(self, ids: Tensor, places: Tensor, features: Tensor | None, image_rows: Tensor | None = None) -> Tensor:
@@ -191,14 +210,14 @@ class OmniMambaModel(nn.Module):
         image_rows: Tensor | None = None,
         *,
         chunk: int = 0,
-        recompute: bool = False,
+        saving: Saving = EVERYTHING_KEPT,
     ) -> Tensor:
         """The summed cross entropy of the labels, [n] or probabilities [n, v], at `places` [n]; nothing here waits to know how many
         there are.
 
         shares: [n] fp32, what each counts (None: one each); the other arguments as `mmu_hidden` and `t2i_loss_sum`.
         """
-        return self.loss_sum(self.mmu_hidden(ids, places, features, image_rows, recompute=recompute), labels, Task.MMU, chunk, shares)
+        return self.loss_sum(self.mmu_hidden(ids, places, features, image_rows, saving=saving), labels, Task.MMU, chunk, shares)
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, task: Task, chunk: int, shares: Tensor | None = None) -> Tensor:
         """The summed cross entropy of labels of a task's vocabulary. hidden: [n, d]; labels and shares as in `linear_cross_entropy`."""

@@ -1,8 +1,9 @@
-"""Training of a whole Mamba-2 block, residual + mixer(norm(residual)), in one operator where there are kernels for it.
+"""Training of a whole Mamba-2 block in one operator where there are kernels for it.
 
-Its definition is `omnimamba.model.mamba2.Mamba2Block.forward`, which is composed of the other operators.
+Its definition is `omnimamba.model.mamba2.Mamba2Block.by_operators`, which is composed of the other operators.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,43 @@ class BlockWeights(NamedTuple):
     out_proj: Tensor  # [d, d_inner]
 
 
+class Rounded(NamedTuple):
+    """The weights of a block's large products, in the dtype of products."""
+
+    in_proj: Tensor  # [n, d + p], beside it LoRA's B times its scaling, filled up with zeros
+    lora_B: Tensor | None  # [n, r], the same B
+    out_proj: Tensor  # [d, d_inner]
+
+
+class RoundedWeights:
+    """Those of blocks, made once for several passes through the same weights."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Rounded]] = {}
+
+    def get(self, weights: BlockWeights, make: Callable[[], Rounded]) -> Rounded:
+        """Those of `weights`; what `make` returns if some have changed since, or were not asked for before."""
+        sources = tuple(w for w in (weights.in_proj, weights.lora_B, weights.out_proj) if w is not None)
+        key, versions = tuple(map(id, sources)), tuple(w._version for w in sources)
+        if key not in self.found or self.found[key][1] != versions:
+            self.found.pop(key, None)  # its memory first
+            self.found[key] = sources, versions, make()
+        return self.found[key][2]
+
+
+class Saving(NamedTuple):
+    """What training trades between time and memory."""
+
+    recompute: bool = False
+    """A backward pass computes most of a block a second time (activation checkpointing): all but the residual stream is computed again, or
+    all but that, the scan and out_proj where a block is one operator."""
+    rounded: RoundedWeights | None = None
+    """Where the rounded weights of blocks stay, which are made for each pass otherwise."""
+
+
+EVERYTHING_KEPT = Saving()
+
+
 class BlockOptions(NamedTuple):
     num_heads: int
     headdim: int
@@ -41,7 +79,7 @@ class BlockOptions(NamedTuple):
     dropout: float
     """Before LoRA."""
     recompute: bool
-    """Whether the backward pass computes in_proj and the convolution again instead of keeping their outputs."""
+    """Whether the backward pass computes in_proj again instead of keeping its output."""
 
 
 def can_learn_block(residual: Tensor, options: BlockOptions) -> bool:
@@ -49,11 +87,18 @@ def can_learn_block(residual: Tensor, options: BlockOptions) -> bool:
     return torch.is_grad_enabled() and runs_kernel(residual) and fits
 
 
-def learn_block(residual: Tensor, weights: BlockWeights, options: BlockOptions, lengths: Tensor | None = None) -> Tensor:
-    """The residual stream [b, l, d] after the block, where `can_learn_block`.
+def learn_block(
+    residual: Tensor,
+    hidden: Tensor | None,
+    weights: BlockWeights,
+    options: BlockOptions,
+    lengths: Tensor | None = None,
+    rounded: RoundedWeights | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream [b, l, d] that the block reads, with `hidden` added, and what the block adds to it, where `can_learn_block`.
 
-    residual: [b, l, d]; lengths: [b] valid positions of right-padded rows, whose padding is finite.
+    residual, hidden: [b, l, d]; lengths: [b] valid positions of right-padded rows, whose padding is finite.
     """
     from omnimamba.ops.triton import block as kernel  # Triton need not be installed
 
-    return kernel.learn_block(residual, weights, options, lengths)
+    return kernel.learn_block(residual, hidden, weights, options, lengths, rounded)

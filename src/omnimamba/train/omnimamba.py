@@ -30,6 +30,7 @@ from omnimamba.model.files import TensorFile
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
+from omnimamba.ops.block import RoundedWeights, Saving
 from omnimamba.processor import prompt as layout
 from omnimamba.processor.image import to_pil
 from omnimamba.processor.tokenizer import TextTokenizer
@@ -55,7 +56,9 @@ class TaskLosses(nn.Module):
     def __init__(self, model: OmniMambaModel, train: Train) -> None:
         super().__init__()
         self.model = model
-        self.options = {"chunk": train.loss_chunk, "recompute": train.recompute}
+        # Of several parts, the second and later ones find the weights rounded; but FSDP gathers them for each part anew.
+        rounded = RoundedWeights() if train.accumulate > 1 and train.parallel != "fsdp" else None
+        self.options = {"chunk": train.loss_chunk, "saving": Saving(train.recompute, rounded)}
 
     def forward(self, inputs: dict[Task, tuple[Tensor, ...]]) -> dict[Task, Tensor]:
         """inputs: the arguments of `OmniMambaModel.mmu_loss_sum` and `t2i_loss_sum`."""

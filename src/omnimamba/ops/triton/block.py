@@ -1,11 +1,11 @@
-"""Training of a whole Mamba-2 block, residual + mixer(norm(residual)), as one function with a backward pass of its own.
+"""Training of a whole Mamba-2 block as one function with a backward pass of its own.
 
 Autograd would keep what every operator reads, [b, l, 2 * d_inner + ...] several times over, and join the gradients of in_proj's parts by
-copies. Here a block keeps two tensors, the residual stream and the scan's output y. Everything else is computed a second time, but
-neither the scan nor out_proj, and each gradient of a part is written where in_proj's products read it.
+copies. Here a block keeps the residual stream, the scan's output y and, if there is room, in_proj's output. Everything else is computed a
+second time, but neither the scan nor out_proj, and each gradient of a part is written where in_proj's products read it.
 
-The definition is `Mamba2Block.forward`; the dropout before LoRA draws its own numbers, which depend on one seed and the position, so that
-the backward pass draws the same.
+The definition is `Mamba2Block.by_operators`; the dropout before LoRA draws its own numbers, which depend on one seed and the position, so
+that the backward pass draws the same.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnimamba.ops.block import BlockOptions, BlockWeights
+from omnimamba.ops.block import BlockOptions, BlockWeights, Rounded, RoundedWeights
 from omnimamba.ops.norm import output_dtype
 from omnimamba.ops.ssd import A_of, split_scan_inputs
 from omnimamba.ops.triton.conv import conv_backward, conv_forward
 from omnimamba.ops.triton.lora import Dropout, add_up, down, inner_gradient, outer_gradients
 from omnimamba.ops.triton.norm import norm_backward, norm_forward
-from omnimamba.ops.triton.prefill import positive_steps
+from omnimamba.ops.triton.prefill import add_norm, positive_steps
 from omnimamba.ops.triton.ssd import scan_forward
 from omnimamba.ops.triton.ssd_backward import scan_backward
 
@@ -33,14 +33,6 @@ class Inputs(NamedTuple):
     zxbcdt: Tensor  # [b, l, n], in_proj's output
     xBC: Tensor  # [b, l, c], the convolution's output
     dt: Tensor  # [b, l, h]
-
-
-class Rounded(NamedTuple):
-    """The weights of the large products, in the dtype of products."""
-
-    in_proj: Tensor  # [n, d + p], beside it LoRA's B times its scaling, filled up with zeros
-    lora_B: Tensor | None  # [n, r], the same B
-    out_proj: Tensor  # [d, d_inner]
 
 
 def rounded(weights: BlockWeights, scaling: float, dtype: torch.dtype) -> Rounded:
@@ -84,15 +76,17 @@ def split_scan(xBC: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor, Tens
 
 
 def read(
-    residual: Tensor, weights: BlockWeights, products: Rounded, options: BlockOptions, dropout: Dropout, lengths: Tensor | None,
-    kept: tuple[Tensor, ...] = (),
-) -> Inputs:  # fmt: skip
-    """kept: zxbcdt and low, where they are there from the forward pass."""
+    residual: Tensor, addend: Tensor | None, weights: BlockWeights, products: Rounded, options: BlockOptions, dropout: Dropout,
+    lengths: Tensor | None, kept: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Inputs]:  # fmt: skip
+    """The residual stream with the addend, and what follows from it. kept: zxbcdt and low, where they are there from the forward pass."""
     b, l, d = residual.shape
     dtype = products.in_proj.dtype
     wide = rows_of(b * l, products.in_proj.shape[1], residual.device, dtype)
     u, low = wide[:, :d], None
-    norm_forward(residual.view(-1, d), None, weights.norm, options.eps, 1, u)
+    residual = residual.contiguous()
+    total = residual if addend is None else torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    add_norm(residual, addend, weights.norm, options.eps, u, total=total)
     if kept:
         zxbcdt, low = kept if weights.lora_A is not None else (kept[0], None)
     else:
@@ -101,7 +95,8 @@ def read(
             low = wide[:, d : d + weights.lora_A.shape[0]]
         zxbcdt = (wide @ products.in_proj.T).view(b, l, -1)
     _, xBC, dt = split_parts(zxbcdt, options)
-    return Inputs(u, low, zxbcdt, conv_forward(xBC, *rounded_conv(weights, dtype)), positive_steps(dt, weights.dt_bias.float(), lengths))
+    xBC, dt = conv_forward(xBC, *rounded_conv(weights, dtype)), positive_steps(dt, weights.dt_bias.float(), lengths)
+    return total, Inputs(u, low, zxbcdt, xBC, dt)
 
 
 def rounded_conv(weights: BlockWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -110,48 +105,56 @@ def rounded_conv(weights: BlockWeights, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 class Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual: Tensor, lengths: Tensor | None, options: BlockOptions, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx,
+        residual: Tensor,
+        addend: Tensor | None,
+        lengths: Tensor | None,
+        options: BlockOptions,
+        products: Rounded | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         weights = BlockWeights(*tensors)
         b, l, d = residual.shape
-        residual, dtype = residual.contiguous(), output_dtype(weights.norm)
+        dtype = output_dtype(weights.norm)
         has_dropout = weights.lora_A is not None and options.dropout > 0
         seed = torch.randint(2**62, (1,), device=residual.device) if has_dropout else None
+        ctx.products = products
         with torch.autocast(residual.device.type, enabled=False):
-            products = rounded(weights, options.scaling, dtype)
-            inputs = read(residual, weights, products, options, Dropout(seed, options.dropout), lengths)
+            products = rounded(weights, options.scaling, dtype) if products is None else products
+            residual, inputs = read(residual, addend, weights, products, options, Dropout(seed, options.dropout), lengths)
             z, _, _ = split_parts(inputs.zxbcdt, options)
             x, B, C = split_scan(inputs.xBC, options)
             y = scan_forward(x, inputs.dt, A_of(weights.A_log), B, C, weights.D.float()).y
             gated = torch.empty((b * l, y.shape[2] * y.shape[3]), dtype=dtype, device=y.device)
             norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, gated)
-            out = residual + (gated @ products.out_proj.T).view(b, l, d)
+            hidden = (gated @ products.out_proj.T).view(b, l, d)
         kept = () if options.recompute else (inputs.zxbcdt,) if inputs.low is None else (inputs.zxbcdt, inputs.low.contiguous())
         ctx.save_for_backward(residual, y, seed, lengths, *tensors, *kept)
-        ctx.options, ctx.dtype = options, dtype
-        return out
+        ctx.options, ctx.dtype, ctx.addend_dtype = options, dtype, None if addend is None else addend.dtype
+        return residual, hidden
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor):
+    def backward(ctx, dresidual: Tensor, dhidden: Tensor):
         residual, y, seed, lengths, *rest = ctx.saved_tensors
         num = len(BlockWeights._fields)
         weights, kept = BlockWeights(*rest[:num]), tuple(rest[num:])
         options, dtype = ctx.options, ctx.dtype
-        needs = BlockWeights(*ctx.needs_input_grad[3:])
+        needs = BlockWeights(*ctx.needs_input_grad[5:])
         b, l, d = residual.shape
         eps, groups = options.eps, options.num_groups
         dropout = Dropout(seed, options.dropout)
         with torch.autocast(residual.device.type, enabled=False):
-            products = rounded(weights, options.scaling, dtype)
-            inputs = read(residual, weights, products, options, dropout, lengths, kept)
+            products = rounded(weights, options.scaling, dtype) if ctx.products is None else ctx.products
+            _, inputs = read(residual, None, weights, products, options, dropout, lengths, kept)
             dzxbcdt = torch.empty(inputs.zxbcdt.shape, dtype=dtype, device=residual.device)
             z, xBC, _ = (m.flatten(0, 1) for m in split_parts(inputs.zxbcdt, options))
             dz, dxBC, ddt = split_parts(dzxbcdt, options)
             grads: dict[str, Tensor | None] = dict.fromkeys(BlockWeights._fields)
 
             # out_proj and the gated norm
-            dout = dout.contiguous()
-            dhidden = dout.view(-1, d).to(dtype)
+            dhidden = dhidden.reshape(-1, d)
             y = y.view(b * l, -1)
             if needs.out_proj:
                 gated = norm_forward(y, z, weights.gated_norm, eps, groups, torch.empty(y.shape, dtype=dtype, device=y.device))
@@ -188,14 +191,28 @@ class Block(torch.autograd.Function):
                 add_up(du, dlow, weights.lora_A, dropout)
             if needs.in_proj:
                 grads["in_proj"] = product(dzxbcdt.T, inputs.u, weights.in_proj.dtype)
-            dresidual, grads["norm"] = norm_backward(residual.view(-1, d), None, weights.norm, du, eps, 1, addend=dout.view(-1, d))
+            rows, daddend = residual.view(-1, d), None
+            if ctx.addend_dtype is not None:
+                daddend = torch.empty(rows.shape, dtype=ctx.addend_dtype, device=rows.device)
+            addend = dresidual.contiguous().view(-1, d)
+            dtotal, grads["norm"] = norm_backward(rows, None, weights.norm, du, eps, 1, addend=addend, second=daddend)
         found = [
             None if grad is None or weight is None or not needed else grad.to(weight.dtype)
             for weight, grad, needed in zip(weights, grads.values(), needs, strict=True)
         ]
-        return dresidual.view(b, l, d) if ctx.needs_input_grad[0] else None, None, None, *found
+        return dtotal.view(b, l, d), None if daddend is None else daddend.view(b, l, d), None, None, None, *found
 
 
-def learn_block(residual: Tensor, weights: BlockWeights, options: BlockOptions, lengths: Tensor | None) -> Tensor:
+def learn_block(
+    residual: Tensor,
+    hidden: Tensor | None,
+    weights: BlockWeights,
+    options: BlockOptions,
+    lengths: Tensor | None,
+    kept: RoundedWeights | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = output_dtype(weights.norm)
     with torch.cuda.device_of(residual):
-        return Block.apply(residual, lengths, options, *weights)
+        with torch.no_grad():
+            products = None if kept is None else kept.get(weights, lambda: rounded(weights, options.scaling, dtype))
+        return Block.apply(residual, hidden, lengths, options, products, *weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.conv import MAX_WIDTH
-from omnimamba.ops.triton.decode import silu
+from omnimamba.ops.triton.decode import sigmoid, silu
 from omnimamba.ops.triton.launch import launch
 
 UNROLL = tl.constexpr(4)
@@ -107,7 +107,7 @@ def backward_kernel(
         x0 = load_row(p_x, o_c, m_c, t, l, stride_l)
         b_dy = load_row(p_dy, o_c, m_c, t, l, dy_l)
         total = b_bias + w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3
-        gate = tl.sigmoid(total)
+        gate = sigmoid(total)
         d0 = b_dy * gate * (1 + total * (1 - gate))  # the gradient before the SiLU
         own = tl.where(t < stop, d0, 0.0)
         sum3 += own * x0

@@ -101,10 +101,15 @@ def log1p(x):
 
 
 @triton.jit
-def silu(x):
-    """x / (1 + exp(-x)): the square of a reciprocal root is two instructions, a division several."""
+def sigmoid(x):
+    """1 / (1 + exp(-x)): the square of a reciprocal root is two instructions, a division several."""
     root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
-    return x * (root * root)
+    return root * root
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
 
 
 @triton.jit

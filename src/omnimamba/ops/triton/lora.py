@@ -84,15 +84,14 @@ def inner_gradient_kernel(
     D: tl.constexpr, R: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """partial: [spans, R, D], the sums of A's gradient over `span` rows each."""
+    """partial: [spans, R, D], the sums of A's gradient over `span` tiles of rows each."""
     o_r = tl.arange(0, TILE_R)
     first = tl.program_id(0) * COLUMNS
     o_d = first + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = u.dtype.element_ty
     b_dA = tl.zeros((TILE_R, COLUMNS), tl.float32)
-    start = tl.program_id(1) * span
-    for i in range(start, tl.minimum(start + span, num_rows), ROWS):
-        o_row = (i + tl.arange(0, ROWS)).to(tl.int64)
+    for i in range(tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, tl.cdiv(num_rows, ROWS))):
+        o_row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         m_row = (o_row < num_rows)[:, None]
         b_u = tl.load(u + o_row[:, None] * u_row + o_d[None, :], mask=m_row & (o_d < D)[None, :], other=0.0)
         if HAS_DROPOUT:
@@ -108,16 +107,15 @@ def outer_gradient_kernel(
     dy, low, B, dlow, dB, dy_row, low_row, num_rows, n, span,
     R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dlow: [spans, rows, R], partial sums over `span` of dy's columns each; dB: [tiles of rows, n, R], over the rows of a tile. B: [n, R]
+    """dlow: [spans, rows, R], partial sums over `span` tiles of dy's columns each; dB: [tiles of rows, n, R], over the rows of a tile. B: [n, R]
     in dy's dtype."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_r = tl.arange(0, TILE_R)
     m_low = (o_row < num_rows)[:, None] & (o_r < R)[None, :]
     b_low = tl.load(low + o_row[:, None] * low_row + o_r[None, :], mask=m_low, other=0.0)
     b_dlow = tl.zeros((ROWS, TILE_R), tl.float32)
-    start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, n), COLUMNS):
-        o_n = first + tl.arange(0, COLUMNS)
+    for i in range(tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, tl.cdiv(n, COLUMNS))):
+        o_n = i * COLUMNS + tl.arange(0, COLUMNS)
         b_dy = tl.load(dy + o_row[:, None] * dy_row + o_n[None, :], mask=(o_row < num_rows)[:, None] & (o_n < n)[None, :], other=0.0)
         m_B = (o_n < n)[:, None] & (o_r < R)[None, :]
         b_B = tl.load(B + o_n[:, None] * R + o_r[None, :], mask=m_B, other=0.0)
@@ -173,7 +171,7 @@ def inner_gradient(u: Tensor, dlow: Tensor, dropout: Dropout) -> Tensor:
     (num_rows, d), r = u.shape, dlow.shape[1]
     choice = launch("lora_inner_gradient", d)
     columns = triton.cdiv(d, choice.columns)
-    span, spans = shares(num_rows, choice.rows, columns)
+    span, spans = shares(triton.cdiv(num_rows, choice.rows), columns)
     partial = torch.empty((spans, r, d), dtype=torch.float32, device=u.device)
     seed, zeros, scale, has_dropout = dropout.arguments(u)
     inner_gradient_kernel[columns, spans](
@@ -190,7 +188,7 @@ def outer_gradients(dy: Tensor, low: Tensor, B: Tensor) -> tuple[Tensor, Tensor]
     (num_rows, n), r = dy.shape, B.shape[1]
     choice = launch("lora_outer_gradients", n)
     tiles = triton.cdiv(num_rows, choice.rows)
-    span, spans = shares(n, choice.columns, tiles)
+    span, spans = shares(triton.cdiv(n, choice.columns), tiles)
     dlow = torch.empty((spans, num_rows, r), dtype=torch.float32, device=dy.device)
     dB = torch.empty((tiles, n, r), dtype=torch.float32, device=dy.device)
     outer_gradient_kernel[tiles, spans](
@@ -201,7 +199,7 @@ def outer_gradients(dy: Tensor, low: Tensor, B: Tensor) -> tuple[Tensor, Tensor]
     return dlow.sum(0).to(low.dtype), dB.sum(0)
 
 
-def shares(size: int, step: int, programs: int) -> tuple[int, int]:
-    """How many of `size` each program has, in whole steps, and how many programs that is, where so many times `programs` fill the GPU."""
-    each = triton.cdiv(triton.cdiv(size, step), max(1, FULL_GRID // programs)) * step
+def shares(size: int, programs: int) -> tuple[int, int]:
+    """How many of `size` each program gets, and how many programs that is, where so many times `programs` fill the GPU."""
+    each = triton.cdiv(size, max(1, FULL_GRID // programs))
     return each, triton.cdiv(size, each)

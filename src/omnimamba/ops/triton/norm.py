@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.norm import output_dtype
+from omnimamba.ops.triton.decode import sigmoid, silu
 from omnimamba.ops.triton.launch import NORM_PROGRAMS, Launch, launch
 
 
@@ -32,7 +33,7 @@ def forward_kernel(
     u = tl.load(y + o_row[:, None] * y_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
     if GATED:
         b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        u *= b_z * tl.sigmoid(b_z)
+        u *= silu(b_z)
     r = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_out = u * r[:, None] * w[None, :]
@@ -41,10 +42,11 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
-    y, y_row, z, z_row, weight, dout, addend, dy, dz, partial, dout_row, dz_row, num_rows, eps,
-    GATED: tl.constexpr, HAS_ADDEND: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    y, y_row, z, z_row, weight, dout, addend, dy, second, dz, partial, dout_row, dz_row, num_rows, eps,
+    GATED: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_SECOND: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """partial: [programs, g * d], the program's sums of the weight's gradient; addend: [rows, g * d], what dy gains."""
+    """partial: [programs, g * d], the program's sums of the weight's gradient; addend: [rows, g * d], what dy gains; second: [rows, g * d],
+    dy once more, in another type."""
     o_d = tl.arange(0, COLUMNS)
     first = tl.program_id(1) * D
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
@@ -56,7 +58,7 @@ def backward_kernel(
         if GATED:
             b_y = u
             b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-            gate = tl.sigmoid(b_z)
+            gate = sigmoid(b_z)
             u *= b_z * gate
         b_dout = tl.load(dout + o_row[:, None] * dout_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
         along = tl.sum(b_dout * w * u, 1) / D  # one sum does not wait for the other
@@ -71,6 +73,8 @@ def backward_kernel(
         if HAS_ADDEND:
             du += tl.load(addend + o_out, mask=mask, other=0.0).to(tl.float32)
         tl.store(dy + o_out, du.to(dy.dtype.element_ty), mask=mask)
+        if HAS_SECOND:
+            tl.store(second + o_out, du.to(second.dtype.element_ty), mask=mask)
     tl.store(partial + tl.program_id(0) * (G * D) + first + o_d, tl.sum(dweight, 0), mask=o_d < D)
 
 
@@ -94,10 +98,12 @@ def norm_backward(
     *,
     dgates: Tensor | None = None,
     addend: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of rows [rows, d], in their dtype, and of the weight [d], in fp32; that of the gates goes to `dgates` [rows, d].
 
-    dout: [rows, d], dense in d, as dgates; addend: [rows, d], contiguous, what the rows' gradient gains.
+    dout: [rows, d], dense in d, as dgates; addend: [rows, d], contiguous, what the rows' gradient gains; second: [rows, d], contiguous, to
+    which that gradient is written too, in the dtype of this one.
     """
     num_rows, d = rows.shape
     drows = torch.empty((num_rows, d), dtype=rows.dtype, device=rows.device)
@@ -105,9 +111,9 @@ def norm_backward(
     programs = min(NORM_PROGRAMS, triton.cdiv(num_rows, choice.rows))
     partial = torch.empty((programs, d), dtype=torch.float32, device=rows.device)
     backward_kernel[programs, num_groups](
-        rows, *gate_arguments(rows, gates), weight, dout, drows if addend is None else addend, drows, drows if dgates is None else dgates,
-        partial, dout.stride(0), 0 if dgates is None else dgates.stride(0), num_rows, eps,
-        HAS_ADDEND=addend is not None, **sizes(d, num_groups, gates is not None, choice),
+        rows, *gate_arguments(rows, gates), weight, dout, drows if addend is None else addend, drows,
+        drows if second is None else second, drows if dgates is None else dgates, partial, dout.stride(0), 0 if dgates is None else dgates.stride(0), num_rows, eps,
+        HAS_ADDEND=addend is not None, HAS_SECOND=second is not None, **sizes(d, num_groups, gates is not None, choice),
     )  # fmt: skip
     return drows, partial.sum(0)
 

@@ -17,23 +17,23 @@ from omnimamba.ops.triton.ssd import Gate, scan_forward
 
 @triton.jit
 def add_norm_kernel(
-    residual, addend, squares, weight, out, eps,
+    residual, addend, squares, weight, total, out, out_row, eps,
     D: tl.constexpr, COLUMNS: tl.constexpr, HAS_ADDEND: tl.constexpr, NUM_SQUARES: tl.constexpr, TILE_S: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """NUM_SQUARES: sums of squares of the K numbers by whose root mean square the addend has yet to be divided."""
+    """total: [rows, d], the residual stream with the addend, which may be the residual; NUM_SQUARES: sums of squares of the K numbers by
+    whose root mean square the addend has yet to be divided."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, COLUMNS)
     m_d = o_d < D
-    p_residual = residual + i_row * D + o_d
-    b_x = tl.load(p_residual, mask=m_d, other=0.0)
+    b_x = tl.load(residual + i_row * D + o_d, mask=m_d, other=0.0)
     if HAS_ADDEND:
         b_added = tl.load(addend + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         if NUM_SQUARES:
             b_added *= reciprocal_rms(squares + i_row * NUM_SQUARES, eps, NUM_SQUARES, TILE_S, K)
         b_x += b_added
-        tl.store(p_residual, b_x, mask=m_d)
+        tl.store(total + i_row * D + o_d, b_x, mask=m_d)
     b_out = b_x * (1 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)) * tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
+    tl.store(out + i_row * out_row + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
@@ -132,15 +132,25 @@ def gated_scan(
 
 
 def add_rms_norm(residual: Tensor, addend: Tensor | None, weight: Tensor, eps: float, squares: Squares | None) -> Tensor:
-    d = residual.shape[-1]
     out = torch.empty(residual.shape, dtype=output_dtype(weight), device=residual.device)
+    with torch.cuda.device_of(residual):
+        add_norm(residual, addend, weight, eps, out.view(-1, out.shape[-1]), total=residual, squares=squares)
+    return out
+
+
+def add_norm(
+    residual: Tensor, addend: Tensor | None, weight: Tensor, eps: float, out: Tensor, *, total: Tensor, squares: Squares | None = None
+) -> None:
+    """Writes residual + addend to `total`, which may be `residual`, and the norm of that to out [rows, d], dense in d.
+
+    residual, addend, total: [..., d], the first and the last contiguous and fp32; squares: see `omnimamba.ops.prefill.add_rms_norm`.
+    """
+    d = residual.shape[-1]
     choice = launch("prefill_norm", d)
     sums, num_squares = (residual, 0) if squares is None else (squares.sums, squares.sums.shape[-1])
-    with torch.cuda.device_of(residual):
-        add_norm_kernel[(residual.numel() // d,)](
-            residual, residual if addend is None else addend.contiguous(), sums, weight, out, eps,
-            D=d, COLUMNS=triton.next_power_of_2(d), HAS_ADDEND=addend is not None, NUM_SQUARES=num_squares,
-            TILE_S=triton.next_power_of_2(max(num_squares, 1)), K=1 if squares is None else squares.k,
-            num_warps=choice.num_warps, num_stages=choice.num_stages,
-        )  # fmt: skip
-    return out
+    add_norm_kernel[(residual.numel() // d,)](
+        residual, residual if addend is None else addend.contiguous(), sums, weight, total, out, out.stride(0), eps,
+        D=d, COLUMNS=triton.next_power_of_2(d), HAS_ADDEND=addend is not None, NUM_SQUARES=num_squares,
+        TILE_S=triton.next_power_of_2(max(num_squares, 1)), K=1 if squares is None else squares.k,
+        num_warps=choice.num_warps, num_stages=choice.num_stages,
+    )  # fmt: skip
