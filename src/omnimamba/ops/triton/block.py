@@ -161,23 +161,27 @@ class Block(torch.autograd.Function):
                 grads["out_proj"] = product(dhidden.T, gated, weights.out_proj.dtype)
                 del gated
             dgated = dhidden @ products.out_proj
-            dy, grads["gated_norm"] = norm_backward(y, z, weights.gated_norm, dgated, eps, groups, dgates=dz.flatten(0, 1))
+            dy, grads["gated_norm"] = norm_backward(
+                y, z, weights.gated_norm, dgated, eps, groups, dgates=dz.flatten(0, 1), learns_weight=needs.gated_norm
+            )
             del dgated
 
             # the scan and the convolution
             A = A_of(weights.A_log)
             dscan = torch.empty(inputs.xBC.shape, dtype=dtype, device=residual.device)
             x, B, C = split_scan(inputs.xBC, options)
-            dsteps, dA, grads["D"], _ = scan_backward(
-                x, inputs.dt, A, B, C, weights.D.float(), None, dy.view(x.shape), None, *split_scan(dscan, options)
+            dx, dB, dC = split_scan(dscan, options)
+            sums, _ = scan_backward(
+                x, inputs.dt, A, B, C, weights.D.float(), None, dy.view(x.shape), None, dx, ddt, dB, dC, is_softplus=True
             )
-            grads["A_log"] = dA * A
-            dsteps *= -torch.expm1(-inputs.dt)  # the slope of softplus, 0 in padding
-            grads["dt_bias"] = dsteps.sum((0, 1))
-            ddt.copy_(dsteps)
+            if needs.A_log or needs.D or needs.dt_bias:
+                dA, grads["D"], grads["dt_bias"] = sums.sum((1, 2))
+                grads["A_log"] = dA * A
             taps, bias = rounded_conv(weights, dtype)
-            dtaps, grads["conv_bias"] = conv_backward(xBC.unflatten(0, (b, l)), taps, bias, None, dscan, dxBC)
-            grads["conv"] = dtaps.T
+            dtaps, grads["conv_bias"] = conv_backward(
+                xBC.unflatten(0, (b, l)), taps, bias, None, dscan, dxBC, learns_weights=needs.conv or needs.conv_bias
+            )
+            grads["conv"] = None if dtaps is None else dtaps.T
             del dscan, dy
 
             # in_proj and LoRA
@@ -195,7 +199,9 @@ class Block(torch.autograd.Function):
             if ctx.addend_dtype is not None:
                 daddend = torch.empty(rows.shape, dtype=ctx.addend_dtype, device=rows.device)
             addend = dresidual.contiguous().view(-1, d)
-            dtotal, grads["norm"] = norm_backward(rows, None, weights.norm, du, eps, 1, addend=addend, second=daddend)
+            dtotal, grads["norm"] = norm_backward(
+                rows, None, weights.norm, du, eps, 1, addend=addend, second=daddend, learns_weight=needs.norm
+            )
         found = [
             None if grad is None or weight is None or not needed else grad.to(weight.dtype)
             for weight, grad, needed in zip(weights, grads.values(), needs, strict=True)

@@ -74,9 +74,10 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["l"])
 def backward_kernel(
     x, weight, bias, past, dy, dx, partial, stride_b, stride_l, past_b, past_c, past_w, dy_b, dy_l, dx_b, dx_l, l,
-    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, HAS_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
-    """dx: [b, l, c]; partial: [programs, SUMS, c], the sums of MAX_WIDTH taps, 0 where there are fewer, and of the bias."""
+    """dx: [b, l, c]; partial: [programs, SUMS, c], the sums of MAX_WIDTH taps, 0 where there are fewer, and of the bias, if it LEARNS."""
     num_spans = tl.cdiv(l, ROWS)
     i_bs = tl.program_id(0).to(tl.int64)
     i_b = i_bs // num_spans
@@ -109,22 +110,24 @@ def backward_kernel(
         total = b_bias + w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3
         gate = sigmoid(total)
         d0 = b_dy * gate * (1 + total * (1 - gate))  # the gradient before the SiLU
-        own = tl.where(t < stop, d0, 0.0)
-        sum3 += own * x0
-        sum2 += own * x1
-        sum1 += own * x2
-        sum0 += own * x3
-        sum_bias += own
+        if LEARNS:
+            own = tl.where(t < stop, d0, 0.0)
+            sum3 += own * x0
+            sum2 += own * x1
+            sum1 += own * x2
+            sum0 += own * x3
+            sum_bias += own
         b_dx = d3 * w3 + d2 * w2 + d1 * w1 + d0 * w0  # input t - 3 has a part in the outputs t - 3 to t
         tl.store(dx + i_b * dx_b + tl.cast(t - 3, tl.int64) * dx_l + o_c, b_dx.to(dtype), mask=m_c & (t - 3 >= first))
         x3, x2, x1 = x2, x1, x0
         d3, d2, d1 = d2, d1, d0
-    p_partial = partial + i_bs * SUMS * C + o_c
-    tl.store(p_partial, sum0, mask=m_c)
-    tl.store(p_partial + C, sum1, mask=m_c)
-    tl.store(p_partial + 2 * C, sum2, mask=m_c)
-    tl.store(p_partial + 3 * C, sum3, mask=m_c)
-    tl.store(p_partial + 4 * C, sum_bias, mask=m_c)
+    if LEARNS:
+        p_partial = partial + i_bs * SUMS * C + o_c
+        tl.store(p_partial, sum0, mask=m_c)
+        tl.store(p_partial + C, sum1, mask=m_c)
+        tl.store(p_partial + 2 * C, sum2, mask=m_c)
+        tl.store(p_partial + 3 * C, sum3, mask=m_c)
+        tl.store(p_partial + 4 * C, sum_bias, mask=m_c)
 
 
 def conv_forward(x: Tensor, taps: Tensor, bias: Tensor, past: Tensor | None = None) -> Tensor:
@@ -141,19 +144,24 @@ def conv_forward(x: Tensor, taps: Tensor, bias: Tensor, past: Tensor | None = No
     return y
 
 
-def conv_backward(x: Tensor, taps: Tensor, bias: Tensor, past: Tensor | None, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of taps [w, c] and bias [c] in fp32; that of x goes to `dx`. dy, dx: [b, l, c], dense in c; the rest as before."""
+def conv_backward(
+    x: Tensor, taps: Tensor, bias: Tensor, past: Tensor | None, dy: Tensor, dx: Tensor, *, learns_weights: bool = True
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The gradients of taps [w, c] and bias [c] in fp32, if asked for; that of x goes to `dx`. dy, dx: [b, l, c], dense in c; the rest as
+    before."""
     b, l, c = x.shape
     w = taps.shape[0]
     state, *state_strides = past_arguments(x, past)
     choice = launch("conv_backward", c)
     programs = b * triton.cdiv(l, choice.rows)
-    partial = torch.empty((programs, MAX_WIDTH + 1, c), dtype=torch.float32, device=x.device)
+    partial = torch.empty((programs if learns_weights else 0, MAX_WIDTH + 1, c), dtype=torch.float32, device=x.device)
     backward_kernel[programs, triton.cdiv(c, choice.columns)](
         x, taps, bias, state, dy, dx, partial, *x.stride()[:2], *state_strides, *dy.stride()[:2], *dx.stride()[:2], l,
-        C=c, W=w, HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns, SUMS=MAX_WIDTH + 1,
+        C=c, W=w, HAS_PAST=past is not None, ROWS=choice.rows, COLUMNS=choice.columns, SUMS=MAX_WIDTH + 1, LEARNS=learns_weights,
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
+    if not learns_weights:
+        return None, None
     sums = partial.sum(0)
     return sums[MAX_WIDTH - w : MAX_WIDTH], sums[MAX_WIDTH]
 
@@ -175,6 +183,7 @@ class CausalConv1d(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dtaps, dbias = conv_backward(x, taps, bias, past, dy, dx)
         dpast = past_gradient(x, taps, bias, past, dy) if ctx.needs_input_grad[3] else None
+        assert dtaps is not None and dbias is not None
         weight_dtype, bias_dtype = ctx.dtypes
         return dx, dtaps.T.to(weight_dtype).contiguous(), dbias.to(bias_dtype), dpast
 

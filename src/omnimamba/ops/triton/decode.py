@@ -101,6 +101,15 @@ def log1p(x):
 
 
 @triton.jit
+def softplus_slope(y):
+    """The derivative of softplus where it is y: 1 - exp(-y), as exact near 0 as elsewhere (see `log1p`)."""
+    y = tl.minimum(y, 20.0)  # 1 from there on
+    u = tl.exp(-y)
+    near = u == 1
+    return tl.where(near, y, (1 - u) * (y / tl.where(near, 1.0, -tl.log(u))))
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)): the square of a reciprocal root is two instructions, a division several."""
     root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))

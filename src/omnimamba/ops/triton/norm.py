@@ -99,7 +99,8 @@ def norm_backward(
     dgates: Tensor | None = None,
     addend: Tensor | None = None,
     second: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    learns_weight: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of rows [rows, d], in their dtype, and of the weight [d], in fp32; that of the gates goes to `dgates` [rows, d].
 
     dout: [rows, d], dense in d, as dgates; addend: [rows, d], contiguous, what the rows' gradient gains; second: [rows, d], contiguous, to
@@ -115,7 +116,7 @@ def norm_backward(
         drows if second is None else second, drows if dgates is None else dgates, partial, dout.stride(0), 0 if dgates is None else dgates.stride(0), num_rows, eps,
         HAS_ADDEND=addend is not None, HAS_SECOND=second is not None, **sizes(d, num_groups, gates is not None, choice),
     )  # fmt: skip
-    return drows, partial.sum(0)
+    return drows, partial.sum(0) if learns_weight else None
 
 
 class RMSNorm(torch.autograd.Function):
@@ -135,6 +136,7 @@ class RMSNorm(torch.autograd.Function):
         rows, gates, weight = ctx.saved_tensors
         dz = None if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=rows.device)
         dy, dweight = norm_backward(rows, gates, weight, as_rows(dout), ctx.eps, ctx.num_groups, dgates=dz)
+        assert dweight is not None
         return dy.view(ctx.shape), None if dz is None else dz.view(ctx.shape), dweight.to(weight.dtype), None, None, None
 
 

@@ -260,7 +260,9 @@ class SsdChunkScan(torch.autograd.Function):
         dy = dy if dy.stride(3) == 1 else dy.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
         dx, dB, dC = (torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in (x, B, C))
-        ddt, dA, dD, dinitial = scan_backward(x, dt, A, B, C, D, initial, dy, dfinal, dx, dB, dC)
+        ddt = torch.empty(dt.shape, dtype=torch.float32, device=dt.device)
+        sums, dinitial = scan_backward(x, dt, A, B, C, D, initial, dy, dfinal, dx, ddt, dB, dC)
+        dA, dD, _ = sums.sum((1, 2))
         return dx, ddt, dA, dB, dC, dD, dinitial if ctx.needs_input_grad[6] else None, None
 
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omnimamba.ops.triton.decode import softplus_slope
 from omnimamba.ops.triton.launch import tile
 from omnimamba.ops.triton.ssd_tiles import (
     chunk_rows,
@@ -226,8 +227,11 @@ def weights_kernel(
 
 
 @triton.jit(do_not_specialize=["l"])
-def steps_kernel(A, decays, parts, ddt, dA, dD, l, H: tl.constexpr, Q: tl.constexpr, TILE_P: tl.constexpr, TILE_H: tl.constexpr):
-    """ddt: [b, l, h]; dA, dD: [b, chunks, h]."""
+def steps_kernel(
+    A, decays, parts, ddt, sums, ddt_b, ddt_l, l,
+    H: tl.constexpr, Q: tl.constexpr, TILE_P: tl.constexpr, TILE_H: tl.constexpr, IS_SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """ddt: [b, l, h], dense in h; sums: [3, b, chunks, h], those of the gradients of A, D and ddt. IS_SOFTPLUS: see `scan_backward`."""
     i_part, i_bc, i_b, i_c, left = chunk_of(l, tl.cdiv(H, TILE_H), Q)
     o_q = tl.arange(0, Q)
     o_p = tl.arange(0, TILE_P)
@@ -249,17 +253,28 @@ def steps_kernel(A, decays, parts, ddt, dA, dD, l, H: tl.constexpr, Q: tl.conste
     b_dstep += tl.cumsum(b_from_start, 1, reverse=True)  # the steps up to a position
     b_dto_end = b_to_end * b_dt
     b_dstep += tl.cumsum(b_dto_end, 1) - b_dto_end  # the steps after a position
-    p_ddt = ddt + (i_b * l + i_c * Q + o_q)[None, :] * H + o_h[:, None]
-    tl.store(p_ddt, b_inside + b_to_end + b_dstep * b_a[:, None], mask=m_h[:, None] & (o_q < left)[None, :])
-    tl.store(dA + i_bc * H + o_h, tl.sum(b_dstep * b_dt, 1), mask=m_h)
-    tl.store(dD + i_bc * H + o_h, tl.sum(b_dd, 1), mask=m_h)
+    b_ddt = b_inside + b_to_end + b_dstep * b_a[:, None]
+    if IS_SOFTPLUS:
+        b_ddt *= softplus_slope(b_dt)
+    p_ddt = ddt + i_b * ddt_b + (i_c * Q + o_q)[None, :] * ddt_l + o_h[:, None]
+    m_ddt = m_h[:, None] & (o_q < left)[None, :]
+    tl.store(p_ddt, b_ddt.to(ddt.dtype.element_ty), mask=m_ddt)
+    p_sums = sums + i_bc * H + o_h
+    sums_size = tl.num_programs(0) // tl.cdiv(H, TILE_H) * H
+    tl.store(p_sums, tl.sum(b_dstep * b_dt, 1), mask=m_h)
+    tl.store(p_sums + sums_size, tl.sum(b_dd, 1), mask=m_h)
+    tl.store(p_sums + 2 * sums_size, tl.sum(tl.where(m_ddt, b_ddt, 0.0), 1), mask=m_h)
 
 
 def scan_backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor | None, dy: Tensor, dfinal: Tensor | None,
-    dx: Tensor, dB: Tensor, dC: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of dt, A, D and the initial state; those of x, B and C go to dx, dB and dC. All of these dense in their last axis."""
+    dx: Tensor, ddt: Tensor, dB: Tensor, dC: Tensor, *, is_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What adds up to the gradients of A, D and, as a sum, ddt, [3, b, chunks, h], and the gradient of the initial state. Those of x, dt,
+    B and C go to dx, ddt, dB and dC. All of these dense in their last axis.
+
+    is_softplus: dt is a softplus, or 0 in padding, and ddt the gradient of its argument.
+    """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     choice = ssd_launch("ssd_backward", x, n)
@@ -293,7 +308,6 @@ def scan_backward(
     if splits > 1:
         for whole, part in ((dB, part_B), (dC, part_C)):
             whole.copy_(part.unflatten(2, (g, splits)).sum(3))
-    ddt = torch.empty((b, l, h), dtype=torch.float32, device=x.device)
-    dA, dD = torch.empty((2, b, num_c, h), dtype=torch.float32, device=x.device)
-    steps_kernel[grid_heads](A, decays, parts, ddt, dA, dD, l, TILE_P=tile(p), **of_heads)
-    return ddt, dA.sum((0, 1)), dD.sum((0, 1)), dinitial
+    sums = torch.empty((3, b, num_c, h), dtype=torch.float32, device=x.device)
+    steps_kernel[grid_heads](A, decays, parts, ddt, sums, *ddt.stride()[:2], l, TILE_P=tile(p), IS_SOFTPLUS=is_softplus, **of_heads)
+    return sums, dinitial
