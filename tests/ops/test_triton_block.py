@@ -93,25 +93,25 @@ def test_first_block(kernel_device, whole):
     assert_equal_gradients(learn(block, residual, hidden_dtype=None), expected)
 
 
-def test_rounded_weights_are_made_once(kernel_device, whole, monkeypatch):
+def test_weights_are_made_ready_once(kernel_device, whole, monkeypatch):
     block, residual = block_of(kernel_device), torch.randn(2, 9, TINY.backbone.d_model, device=kernel_device)
     made = []
-    make = kernel.rounded
+    make = kernel.make_ready
 
     def counted(*arguments):
         made.append(arguments)
         return make(*arguments)
 
-    monkeypatch.setattr(kernel, "rounded", counted)
+    monkeypatch.setattr(kernel, "make_ready", counted)
     whole(True)
-    weights = ops.RoundedWeights()
+    weights = ops.ReadyWeights()
     for num, task in enumerate((Task.MMU, Task.MMU, Task.T2I, Task.MMU)):
         expected = learn(block, residual, task)
-        assert_equal_gradients(learn(block, residual, task, rounded=weights), expected, 1e-6)
-        assert len(made) == 2 * (num + 1) + (1 if num < 2 else 2)  # forwards and backwards where nothing is kept; one of each task
+        assert_equal_gradients(learn(block, residual, task, ready=weights), expected, 1e-6)
+        assert len(made) == 2 * (num + 1) + max(1, num)  # forwards and backwards where nothing is kept; once for a task in a row
     with torch.no_grad():
         block.mixer.out_proj.weight.mul_(2)
-    assert_equal_gradients(learn(block, residual, rounded=weights), learn(block, residual), 1e-6)
+    assert_equal_gradients(learn(block, residual, ready=weights), learn(block, residual), 1e-6)
 
 
 def test_several_chunks_and_spans(kernel_device, whole):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from omnimamba.train.config import Train
 from omnimamba.train.run import check_share, train
 
 LAUNCH = Path(__file__).with_name("launch.py")
@@ -96,3 +97,19 @@ def test_steps_that_cannot_be_split(recipe, kind, train, num, message):
     with pytest.raises(ValueError, match=message):
         check_share(recipe(kind, **train), num)
     check_share(recipe("stage2", mmu_batch=4, t2i_batch=8), 2)
+    check_share(recipe("stage2", mmu_batch=3, t2i_batch=48, accumulate=4), 1)
+
+
+@pytest.mark.parametrize(
+    ("mmu", "t2i", "accumulate", "num", "expected"),
+    [
+        (3, 48, 1, 1, {"mmu_batch": 1, "t2i_batch": 1}),
+        (3, 48, 3, 1, {"mmu_batch": 1, "t2i_batch": 2}),
+        (12, 12, 5, 1, {"mmu_batch": 2, "t2i_batch": 3}),
+        (64, 2, 3, 1, {"mmu_batch": 2, "t2i_batch": 1}),
+        (3, 48, 3, 2, {"mmu_batch": 3, "t2i_batch": 3}),
+        (0, 90, 2, 1, {"t2i_batch": 2}),
+    ],
+)
+def test_parts_of_tasks(mmu, t2i, accumulate, num, expected):
+    assert Train(mmu_batch=mmu, t2i_batch=t2i, accumulate=accumulate).parts_of_tasks(num) == expected

@@ -157,7 +157,7 @@ class Mamba2Block(nn.Module):
         options = self.mixer.block_options(saving.recompute)
         if self.training and not isinstance(task, Tensor) and can_learn_block(residual, options):
             weights = self.mixer.block_weights(self.norm.weight, task)
-            return learn_block(residual, hidden, weights, options, lengths, saving.rounded)
+            return learn_block(residual, hidden, weights, options, lengths, saving.ready)
         if saving.recompute and torch.is_grad_enabled():
             return checkpoint(self.by_operators, residual, hidden, task, lengths, use_reentrant=False)
         return self.by_operators(residual, hidden, task, lengths)

@@ -30,28 +30,35 @@ class BlockWeights(NamedTuple):
     out_proj: Tensor  # [d, d_inner]
 
 
-class Rounded(NamedTuple):
-    """The weights of a block's large products, in the dtype of products."""
+class Ready(NamedTuple):
+    """The weights of a block as its kernels and products read them: in the dtype of products, but for the last three, which are fp32."""
 
     in_proj: Tensor  # [n, d + p], beside it LoRA's B times its scaling, filled up with zeros
     lora_B: Tensor | None  # [n, r], the same B
     out_proj: Tensor  # [d, d_inner]
+    taps: Tensor  # [w, c]
+    conv_bias: Tensor  # [c]
+    dt_bias: Tensor  # [h]
+    A: Tensor  # [h]
+    D: Tensor  # [h]
 
 
-class RoundedWeights:
-    """Those of blocks, made once for several passes through the same weights."""
+class ReadyWeights:
+    """Those of blocks, kept for several passes through the same weights; of each block those with the LoRA that was asked for last."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Rounded]] = {}
+        self.found: dict[int, tuple[BlockWeights, list[int], Ready]] = {}
 
-    def get(self, weights: BlockWeights, make: Callable[[], Rounded]) -> Rounded:
-        """Those of `weights`; what `make` returns if some have changed since, or were not asked for before."""
-        sources = tuple(w for w in (weights.in_proj, weights.lora_B, weights.out_proj) if w is not None)
-        key, versions = tuple(map(id, sources)), tuple(w._version for w in sources)
-        if key not in self.found or self.found[key][1] != versions:
-            self.found.pop(key, None)  # its memory first
-            self.found[key] = sources, versions, make()
-        return self.found[key][2]
+    def get(self, weights: BlockWeights, make: Callable[[], Ready]) -> Ready:
+        """Those of `weights`; what `make` returns if they are others than last time, or have changed since."""
+        block, versions = id(weights.in_proj), [w._version for w in weights if w is not None]
+        before = self.found.get(block)
+        if before is not None and before[0].lora_B is weights.lora_B and before[1] == versions:
+            return before[2]
+        del before
+        self.found.pop(block, None)  # its memory first
+        self.found[block] = weights, versions, make()
+        return self.found[block][2]
 
 
 class Saving(NamedTuple):
@@ -60,8 +67,8 @@ class Saving(NamedTuple):
     recompute: bool = False
     """A backward pass computes most of a block a second time (activation checkpointing): all but the residual stream is computed again, or
     all but that, the scan and out_proj where a block is one operator."""
-    rounded: RoundedWeights | None = None
-    """Where the rounded weights of blocks stay, which are made for each pass otherwise."""
+    ready: ReadyWeights | None = None
+    """Where weights stay that are ready for kernels; they are made ready for each pass otherwise."""
 
 
 EVERYTHING_KEPT = Saving()
@@ -93,7 +100,7 @@ def learn_block(
     weights: BlockWeights,
     options: BlockOptions,
     lengths: Tensor | None = None,
-    rounded: RoundedWeights | None = None,
+    ready: ReadyWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual stream [b, l, d] that the block reads, with `hidden` added, and what the block adds to it, where `can_learn_block`.
 
@@ -101,4 +108,4 @@ def learn_block(
     """
     from omnimamba.ops.triton import block as kernel  # Triton need not be installed
 
-    return kernel.learn_block(residual, hidden, weights, options, lengths, rounded)
+    return kernel.learn_block(residual, hidden, weights, options, lengths, ready)

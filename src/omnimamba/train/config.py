@@ -144,7 +144,7 @@ class Train:
     precision: str = "bf16"
     """Autocast type: `bf16` or `fp32`; weights and optimizer stay fp32."""
     accumulate: int = 1
-    """Parts that each process computes its share of a step in, one after the other: less memory, the same step."""
+    """Parts that each process computes its share of a step in, one after the other: less memory, the same step. See `parts_of_tasks`."""
     recompute: bool = False
     """Keep little of each block for the backward pass and compute the rest again (activation checkpointing)."""
     loss_chunk: int = 0
@@ -183,6 +183,19 @@ class Train:
     """A figure of the validation, e.g. `mmu`: the checkpoint where it is best is kept, and exported to `best/`; empty: none."""
     best_is: str = "lowest"
     """Whether the best figure is the `lowest` or the `highest`."""
+
+    def parts_of_tasks(self, num_processes: int) -> dict[str, int]:
+        """How many parts the batch of each task is computed in, by the key that has its size.
+
+        On one process a part has samples of one task, for small batches run badly: parts are dealt out in proportion to the batches.
+        Several processes exchange gradients in the last part, so that there each part has samples of all tasks.
+        """
+        batches = {name: size for name in ("mmu_batch", "t2i_batch") if (size := getattr(self, name))}
+        if num_processes > 1 or self.accumulate == 1 or len(batches) < 2:
+            return dict.fromkeys(batches, self.accumulate)
+        mmu = round(self.accumulate * self.mmu_batch / sum(batches.values()))
+        mmu = min(max(mmu, 1), self.accumulate - 1)
+        return {"mmu_batch": mmu, "t2i_batch": self.accumulate - mmu}
 
     def __post_init__(self) -> None:
         at_least("train", self, 1, "log_every", "keep_checkpoints", "max_text_tokens", "accumulate")

@@ -30,7 +30,7 @@ from omnimamba.model.files import TensorFile
 from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.vision import VisionTowers
 from omnimamba.model.vq import VQModel
-from omnimamba.ops.block import RoundedWeights, Saving
+from omnimamba.ops.block import ReadyWeights, Saving
 from omnimamba.processor import prompt as layout
 from omnimamba.processor.image import to_pil
 from omnimamba.processor.tokenizer import TextTokenizer
@@ -56,9 +56,9 @@ class TaskLosses(nn.Module):
     def __init__(self, model: OmniMambaModel, train: Train) -> None:
         super().__init__()
         self.model = model
-        # Of several parts, the second and later ones find the weights rounded; but FSDP gathers them for each part anew.
-        rounded = RoundedWeights() if train.accumulate > 1 and train.parallel != "fsdp" else None
-        self.options = {"chunk": train.loss_chunk, "saving": Saving(train.recompute, rounded)}
+        # The second and later parts of a step find the weights ready; but FSDP gathers them for each anew.
+        ready = ReadyWeights() if train.accumulate > 1 and train.parallel != "fsdp" else None
+        self.options = {"chunk": train.loss_chunk, "saving": Saving(train.recompute, ready)}
 
     def forward(self, inputs: dict[Task, tuple[Tensor, ...]]) -> dict[Task, Tensor]:
         """inputs: the arguments of `OmniMambaModel.mmu_loss_sum` and `t2i_loss_sum`."""
@@ -171,10 +171,14 @@ class OmniMambaObjective(Objective):
         return step_rng(self.recipe.train.seed, step, stream)
 
     def split(self, batch: dict[Task, Any]) -> list[dict[Task, Any]]:
-        if (num := self.recipe.train.accumulate) == 1:
+        train, size = self.recipe.train, self.processes.size
+        if train.accumulate == 1:
             return [batch]
-        parts = {task: tensors.split(num) for task, tensors in batch.items()}
-        return [{task: parts[task][i] for task in batch} for i in range(num)]
+        num = train.parts_of_tasks(size)
+        parts = {task: tensors.split(num[f"{task}_batch"]) for task, tensors in batch.items()}
+        if size == 1:
+            return [{task: part} for task in parts for part in parts[task]]
+        return [dict(zip(parts, of_tasks, strict=True)) for of_tasks in zip(*parts.values(), strict=True)]
 
     def num_tokens(self, batch: Any) -> int:
         """Positions that the backbone reads, padding included."""

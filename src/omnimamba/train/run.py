@@ -85,13 +85,13 @@ def nearest_file(path: Path) -> str:
 
 def check_share(recipe: Recipe, num_processes: int) -> None:
     """ValueError if a step cannot be split evenly over the processes and the parts that each computes it in."""
-    train, parts = recipe.train, num_processes * recipe.train.accumulate
-    if parts > 1 and recipe.kind != "omnimamba":
+    train = recipe.train
+    if num_processes * train.accumulate > 1 and recipe.kind != "omnimamba":
         raise ValueError(f"a {recipe.kind} recipe runs on one process, in one part; start it without torchrun and train.accumulate")
-    for name in ("mmu_batch", "t2i_batch"):
-        if (batch := getattr(train, name)) % parts:
+    for name, parts in train.parts_of_tasks(num_processes).items():
+        if (batch := getattr(train, name)) % (num_processes * parts):
             raise ValueError(
-                f"train.{name}={batch} is that of a whole step; pass a multiple of {parts}, "
+                f"train.{name}={batch} is that of a whole step; pass a multiple of {num_processes * parts}, "
                 f"for {num_processes} processes with train.accumulate={train.accumulate}"
             )
 

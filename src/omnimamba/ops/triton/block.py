@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnimamba.ops.block import BlockOptions, BlockWeights, Rounded, RoundedWeights
+from omnimamba.ops.block import BlockOptions, BlockWeights, Ready, ReadyWeights
 from omnimamba.ops.norm import output_dtype
 from omnimamba.ops.ssd import A_of, split_scan_inputs
 from omnimamba.ops.triton.conv import conv_backward, conv_forward
@@ -35,16 +35,18 @@ class Inputs(NamedTuple):
     dt: Tensor  # [b, l, h]
 
 
-def rounded(weights: BlockWeights, scaling: float, dtype: torch.dtype) -> Rounded:
-    in_proj, out_proj = weights.in_proj, weights.out_proj.to(dtype)
-    if weights.lora_B is None:
-        return Rounded(in_proj.to(dtype), None, out_proj)
-    (n, d), r = in_proj.shape, weights.lora_B.shape[1]
-    joined, lora_B = rows_of(n, d + padded(r), in_proj.device, dtype), (weights.lora_B * scaling).to(dtype)
-    joined[:, :d] = in_proj
-    joined[:, d : d + r] = lora_B
-    joined[:, d + r :] = 0
-    return Rounded(joined, lora_B, out_proj)
+def make_ready(weights: BlockWeights, scaling: float, dtype: torch.dtype) -> Ready:
+    in_proj, lora_B = weights.in_proj.to(dtype), None
+    if weights.lora_B is not None:
+        (n, d), r = in_proj.shape, weights.lora_B.shape[1]
+        in_proj, lora_B = rows_of(n, d + padded(r), in_proj.device, dtype), (weights.lora_B * scaling).to(dtype)
+        in_proj[:, :d] = weights.in_proj
+        in_proj[:, d : d + r] = lora_B
+        in_proj[:, d + r :] = 0
+    return Ready(
+        in_proj, lora_B, weights.out_proj.to(dtype), weights.conv.to(dtype).T.contiguous(), weights.conv_bias.to(dtype),
+        weights.dt_bias.float(), A_of(weights.A_log).contiguous(), weights.D.float(),
+    )  # fmt: skip
 
 
 def padded(r: int) -> int:
@@ -76,13 +78,13 @@ def split_scan(xBC: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor, Tens
 
 
 def read(
-    residual: Tensor, addend: Tensor | None, weights: BlockWeights, products: Rounded, options: BlockOptions, dropout: Dropout,
+    residual: Tensor, addend: Tensor | None, weights: BlockWeights, ready: Ready, options: BlockOptions, dropout: Dropout,
     lengths: Tensor | None, kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Inputs]:  # fmt: skip
     """The residual stream with the addend, and what follows from it. kept: zxbcdt and low, where they are there from the forward pass."""
     b, l, d = residual.shape
-    dtype = products.in_proj.dtype
-    wide = rows_of(b * l, products.in_proj.shape[1], residual.device, dtype)
+    dtype = ready.in_proj.dtype
+    wide = rows_of(b * l, ready.in_proj.shape[1], residual.device, dtype)
     u, low = wide[:, :d], None
     residual = residual.contiguous()
     total = residual if addend is None else torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
@@ -93,14 +95,10 @@ def read(
         if weights.lora_A is not None:
             down(u, weights.lora_A, dropout, wide[:, d:])
             low = wide[:, d : d + weights.lora_A.shape[0]]
-        zxbcdt = (wide @ products.in_proj.T).view(b, l, -1)
+        zxbcdt = (wide @ ready.in_proj.T).view(b, l, -1)
     _, xBC, dt = split_parts(zxbcdt, options)
-    xBC, dt = conv_forward(xBC, *rounded_conv(weights, dtype)), positive_steps(dt, weights.dt_bias.float(), lengths)
+    xBC, dt = conv_forward(xBC, ready.taps, ready.conv_bias), positive_steps(dt, ready.dt_bias, lengths)
     return total, Inputs(u, low, zxbcdt, xBC, dt)
-
-
-def rounded_conv(weights: BlockWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return weights.conv.to(dtype).T.contiguous(), weights.conv_bias.to(dtype)
 
 
 class Block(torch.autograd.Function):
@@ -111,7 +109,7 @@ class Block(torch.autograd.Function):
         addend: Tensor | None,
         lengths: Tensor | None,
         options: BlockOptions,
-        products: Rounded | None,
+        ready: Ready | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         weights = BlockWeights(*tensors)
@@ -119,16 +117,16 @@ class Block(torch.autograd.Function):
         dtype = output_dtype(weights.norm)
         has_dropout = weights.lora_A is not None and options.dropout > 0
         seed = torch.randint(2**62, (1,), device=residual.device) if has_dropout else None
-        ctx.products = products
+        ctx.ready = ready
         with torch.autocast(residual.device.type, enabled=False):
-            products = rounded(weights, options.scaling, dtype) if products is None else products
-            residual, inputs = read(residual, addend, weights, products, options, Dropout(seed, options.dropout), lengths)
+            ready = make_ready(weights, options.scaling, dtype) if ready is None else ready
+            residual, inputs = read(residual, addend, weights, ready, options, Dropout(seed, options.dropout), lengths)
             z, _, _ = split_parts(inputs.zxbcdt, options)
             x, B, C = split_scan(inputs.xBC, options)
-            y = scan_forward(x, inputs.dt, A_of(weights.A_log), B, C, weights.D.float()).y
+            y = scan_forward(x, inputs.dt, ready.A, B, C, ready.D).y
             gated = torch.empty((b * l, y.shape[2] * y.shape[3]), dtype=dtype, device=y.device)
             norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, gated)
-            hidden = (gated @ products.out_proj.T).view(b, l, d)
+            hidden = (gated @ ready.out_proj.T).view(b, l, d)
         kept = () if options.recompute else (inputs.zxbcdt,) if inputs.low is None else (inputs.zxbcdt, inputs.low.contiguous())
         ctx.save_for_backward(residual, y, seed, lengths, *tensors, *kept)
         ctx.options, ctx.dtype, ctx.addend_dtype = options, dtype, None if addend is None else addend.dtype
@@ -146,8 +144,8 @@ class Block(torch.autograd.Function):
         eps, groups = options.eps, options.num_groups
         dropout = Dropout(seed, options.dropout)
         with torch.autocast(residual.device.type, enabled=False):
-            products = rounded(weights, options.scaling, dtype) if ctx.products is None else ctx.products
-            _, inputs = read(residual, None, weights, products, options, dropout, lengths, kept)
+            ready = make_ready(weights, options.scaling, dtype) if ctx.ready is None else ctx.ready
+            _, inputs = read(residual, None, weights, ready, options, dropout, lengths, kept)
             dzxbcdt = torch.empty(inputs.zxbcdt.shape, dtype=dtype, device=residual.device)
             z, xBC, _ = (m.flatten(0, 1) for m in split_parts(inputs.zxbcdt, options))
             dz, dxBC, ddt = split_parts(dzxbcdt, options)
@@ -160,35 +158,30 @@ class Block(torch.autograd.Function):
                 gated = norm_forward(y, z, weights.gated_norm, eps, groups, torch.empty(y.shape, dtype=dtype, device=y.device))
                 grads["out_proj"] = product(dhidden.T, gated, weights.out_proj.dtype)
                 del gated
-            dgated = dhidden @ products.out_proj
+            dgated = dhidden @ ready.out_proj
             dy, grads["gated_norm"] = norm_backward(
                 y, z, weights.gated_norm, dgated, eps, groups, dgates=dz.flatten(0, 1), learns_weight=needs.gated_norm
             )
             del dgated
 
             # the scan and the convolution
-            A = A_of(weights.A_log)
             dscan = torch.empty(inputs.xBC.shape, dtype=dtype, device=residual.device)
             x, B, C = split_scan(inputs.xBC, options)
             dx, dB, dC = split_scan(dscan, options)
-            sums, _ = scan_backward(
-                x, inputs.dt, A, B, C, weights.D.float(), None, dy.view(x.shape), None, dx, ddt, dB, dC, is_softplus=True
-            )
+            sums, _ = scan_backward(x, inputs.dt, ready.A, B, C, ready.D, None, dy.view(x.shape), None, dx, ddt, dB, dC, is_softplus=True)
             if needs.A_log or needs.D or needs.dt_bias:
                 dA, grads["D"], grads["dt_bias"] = sums.sum((1, 2))
-                grads["A_log"] = dA * A
-            taps, bias = rounded_conv(weights, dtype)
-            dtaps, grads["conv_bias"] = conv_backward(
-                xBC.unflatten(0, (b, l)), taps, bias, None, dscan, dxBC, learns_weights=needs.conv or needs.conv_bias
-            )
+                grads["A_log"] = dA * ready.A
+            inputs_of_conv, learns = xBC.unflatten(0, (b, l)), needs.conv or needs.conv_bias
+            dtaps, grads["conv_bias"] = conv_backward(inputs_of_conv, ready.taps, ready.conv_bias, None, dscan, dxBC, learns_weights=learns)
             grads["conv"] = None if dtaps is None else dtaps.T
             del dscan, dy
 
             # in_proj and LoRA
             dzxbcdt = dzxbcdt.view(b * l, -1)
-            du = dzxbcdt @ products.in_proj[:, :d]
-            if weights.lora_A is not None and products.lora_B is not None and inputs.low is not None:
-                dlow, dB = outer_gradients(dzxbcdt, inputs.low, products.lora_B)
+            du = dzxbcdt @ ready.in_proj[:, :d]
+            if weights.lora_A is not None and ready.lora_B is not None and inputs.low is not None:
+                dlow, dB = outer_gradients(dzxbcdt, inputs.low, ready.lora_B)
                 grads["lora_B"] = dB * options.scaling
                 if needs.lora_A:
                     grads["lora_A"] = inner_gradient(inputs.u, dlow, dropout)
@@ -215,10 +208,10 @@ def learn_block(
     weights: BlockWeights,
     options: BlockOptions,
     lengths: Tensor | None,
-    kept: RoundedWeights | None,
+    kept: ReadyWeights | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = output_dtype(weights.norm)
     with torch.cuda.device_of(residual):
         with torch.no_grad():
-            products = None if kept is None else kept.get(weights, lambda: rounded(weights, options.scaling, dtype))
-        return Block.apply(residual, hidden, lengths, options, products, *weights)
+            ready = None if kept is None else kept.get(weights, lambda: make_ready(weights, options.scaling, dtype))
+        return Block.apply(residual, hidden, lengths, options, ready, *weights)

@@ -115,8 +115,11 @@ CARD_LAUNCHES: dict[str, dict[str, tuple[tuple[float, Launch], ...]]] = {
     },
 }
 
-# Enough programs to fill a GPU of 132 multiprocessors: work is split further (heads over programs, headdim over programs) below these.
-FULL_GRID = 264
+# Enough programs to fill a GPU of so many multiprocessors: work is split further (headdim over programs, spans) below these.
+MULTIPROCESSORS = 132
+FULL_GRID = 2 * MULTIPROCESSORS
+# What a partial sum of the gradients of B and C costs beside a head's work, where programs share the heads of a group.
+SPLIT_COST = 0.025
 # The fewest positions of a span, where the scan's forward pass over few rows is cut into spans that are walked at once.
 SPAN_POSITIONS = 128
 # Programs of the norm's backward; each holds one partial sum of the weight's gradient.

@@ -107,8 +107,8 @@ def outer_gradient_kernel(
     dy, low, B, dlow, dB, dy_row, low_row, num_rows, n, span,
     R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dlow: [spans, rows, R], partial sums over `span` tiles of dy's columns each; dB: [tiles of rows, n, R], over the rows of a tile. B: [n, R]
-    in dy's dtype."""
+    """dlow: [spans, rows, R], partial sums over `span` tiles of dy's columns each; dB: [tiles of rows, n, R], over the rows of a tile.
+    B: [n, R] in dy's dtype."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_r = tl.arange(0, TILE_R)
     m_low = (o_row < num_rows)[:, None] & (o_r < R)[None, :]
@@ -141,8 +141,10 @@ class Dropout:
 
 
 def down(u: Tensor, A: Tensor, dropout: Dropout, low: Tensor) -> None:
-    """Writes dropout(u) A^T, rounded, to the first r columns of `low`, 0 to the others. u: [rows, d], low: [rows, r or more], dense in their
-    columns, of one dtype; A: [r, d], rounded to it."""
+    """Writes dropout(u) A^T, rounded, to the first r columns of `low`, 0 to the others.
+
+    u: [rows, d], low: [rows, r or more], dense in their columns, of one dtype; A: [r, d], rounded to it.
+    """
     num_rows, d = u.shape
     choice = launch("lora_down", d)
     seed, zeros, scale, has_dropout = dropout.arguments(u)

@@ -43,7 +43,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
     y, y_row, z, z_row, weight, dout, addend, dy, second, dz, partial, dout_row, dz_row, num_rows, eps,
-    GATED: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_SECOND: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_SECOND: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partial: [programs, g * d], the program's sums of the weight's gradient; addend: [rows, g * d], what dy gains; second: [rows, g * d],
     dy once more, in another type."""
@@ -113,7 +114,8 @@ def norm_backward(
     partial = torch.empty((programs, d), dtype=torch.float32, device=rows.device)
     backward_kernel[programs, num_groups](
         rows, *gate_arguments(rows, gates), weight, dout, drows if addend is None else addend, drows,
-        drows if second is None else second, drows if dgates is None else dgates, partial, dout.stride(0), 0 if dgates is None else dgates.stride(0), num_rows, eps,
+        drows if second is None else second, drows if dgates is None else dgates, partial,
+        dout.stride(0), 0 if dgates is None else dgates.stride(0), num_rows, eps,
         HAS_ADDEND=addend is not None, HAS_SECOND=second is not None, **sizes(d, num_groups, gates is not None, choice),
     )  # fmt: skip
     return drows, partial.sum(0) if learns_weight else None

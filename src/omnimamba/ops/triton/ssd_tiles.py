@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnimamba.ops.triton.launch import FULL_GRID, Launch, dot_dtype, launch, tile
+from omnimamba.ops.triton.launch import FULL_GRID, MULTIPROCESSORS, SPLIT_COST, Launch, dot_dtype, launch, tile
 
 # Names: o_ offsets, m_ masks, b_ values of a tile, p_ pointers. Tiles: [q, p] for x and y, [q, n] for B and C, [p, n] for states,
 # [t, s] or [s, t] for the (q, q) matrices, from position s to position t.
@@ -78,8 +78,11 @@ def split_headdim(num_programs: int, p: int) -> int:
 
 
 def head_splits(num_programs: int, heads_per_group: int) -> int:
-    """Programs that share the heads of a group: as few as fill the GPU, since each writes a partial sum of the gradients of B and C."""
-    splits = 1
-    while num_programs * splits < FULL_GRID and heads_per_group % (2 * splits) == 0:
-        splits *= 2
-    return splits
+    """Programs that share the heads of a group. As many run at once as there are multiprocessors, and the last round may be nearly empty;
+    splits make rounds shorter, but each writes a partial sum of the gradients of B and C."""
+
+    def rounds(splits: int) -> float:
+        sums = splits * SPLIT_COST * num_programs / MULTIPROCESSORS if splits > 1 else 0.0
+        return triton.cdiv(num_programs * splits, MULTIPROCESSORS) / splits + sums
+
+    return min((2**i for i in range(heads_per_group.bit_length()) if heads_per_group % 2**i == 0), key=rounds)
