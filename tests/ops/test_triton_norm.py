@@ -64,7 +64,8 @@ def test_dtypes_are_those_of_the_definition(kernel_device):
 
 
 def test_more_rows_than_programs(kernel_device, compare, monkeypatch):
-    monkeypatch.setattr(kernel, "NORM_PROGRAMS", 2)
+    monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(kernel, "NORM_WARPS", 1)
     compare(gated(kernel.gated_rms_norm, 2), gated(plain_gated_rms_norm, 2), inputs(kernel_device, torch.float32, 101, 64))
 
 

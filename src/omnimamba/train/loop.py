@@ -292,11 +292,12 @@ def train_step(
         for i, part in enumerate(parts):
             with objective.collecting(i + 1 < len(parts)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                    part_losses = objective.loss(name, part, step, generator)
-                if part_losses:
-                    part_losses["loss"].backward()
-            for key, value in part_losses.items():
+                    found = objective.loss(name, part, step, generator)
+                if found:
+                    found["loss"].backward()
+            for key, value in found.items():
                 losses[key] = losses[key] + value.detach() if key in losses else value.detach()
+            del found  # and what led to it, before the next part
         if not losses:
             continue  # this player does not take part yet
         parameters = [p for p in objective.players[name].parameters() if p.grad is not None]

@@ -152,7 +152,7 @@ def conv_backward(
     b, l, c = x.shape
     w = taps.shape[0]
     state, *state_strides = past_arguments(x, past)
-    choice = launch("conv_backward", c)
+    choice = launch("conv_backward" if learns_weights else "conv_backward_frozen", c)
     programs = b * triton.cdiv(l, choice.rows)
     partial = torch.empty((programs if learns_weights else 0, MAX_WIDTH + 1, c), dtype=torch.float32, device=x.device)
     backward_kernel[programs, triton.cdiv(c, choice.columns)](

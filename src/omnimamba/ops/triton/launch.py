@@ -26,7 +26,8 @@ class Launch(NamedTuple):
 LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     # width: channels; 16 bytes of a row for each thread; backwards the rows are walked over one after the other
     "conv_forward": ((torch.inf, Launch(8, 512, num_warps=2, num_stages=1)),),
-    "conv_backward": ((torch.inf, Launch(128, 256, num_warps=1, num_stages=1)),),
+    "conv_backward": ((torch.inf, Launch(128, 128, num_warps=1, num_stages=1)),),
+    "conv_backward_frozen": ((torch.inf, Launch(64, 128, num_warps=1, num_stages=1)),),  # where the weights do not learn
     # width: channels of one group; the rows are those of a tile of about 4096 numbers
     "norm_forward": (
         (256, Launch(16, 0, num_warps=4, num_stages=1)),
@@ -119,11 +120,12 @@ CARD_LAUNCHES: dict[str, dict[str, tuple[tuple[float, Launch], ...]]] = {
 MULTIPROCESSORS = 132
 FULL_GRID = 2 * MULTIPROCESSORS
 # What a partial sum of the gradients of B and C costs beside a head's work, where programs share the heads of a group.
-SPLIT_COST = 0.025
+SPLIT_COST = 0.03
 # The fewest positions of a span, where the scan's forward pass over few rows is cut into spans that are walked at once.
 SPAN_POSITIONS = 128
-# Programs of the norm's backward; each holds one partial sum of the weight's gradient.
-NORM_PROGRAMS = 528
+# Warps of the norm's backward that a multiprocessor holds at once; each program walks over many rows with one partial sum of the weight's
+# gradient.
+NORM_WARPS = 24
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.norm import output_dtype
 from omnimamba.ops.triton.decode import sigmoid, silu
-from omnimamba.ops.triton.launch import NORM_PROGRAMS, Launch, launch
+from omnimamba.ops.triton.launch import MULTIPROCESSORS, NORM_WARPS, Launch, launch
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -40,6 +40,12 @@ def forward_kernel(
     tl.store(out + o_row[:, None] * out_row + (first + o_d)[None, :], b_out.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def load_rows(p_first, start, num_rows, o_d, stride_row, D: tl.constexpr, ROWS: tl.constexpr):
+    o_row = (start + tl.arange(0, ROWS)).to(tl.int64)
+    return tl.load(p_first + o_row[:, None] * stride_row + o_d[None, :], mask=(o_row < num_rows)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
     y, y_row, z, z_row, weight, dout, addend, dy, second, dz, partial, dout_row, dz_row, num_rows, eps,
@@ -52,30 +58,43 @@ def backward_kernel(
     first = tl.program_id(1) * D
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    step = tl.num_programs(0) * ROWS
+    start = tl.program_id(0) * ROWS
+    b_y = load_rows(y + first, start, num_rows, o_d, y_row, D, ROWS)
+    b_dout = load_rows(dout + first, start, num_rows, o_d, dout_row, D, ROWS)
+    if GATED:
+        b_z = load_rows(z + first, start, num_rows, o_d, z_row, D, ROWS)
+    for start in range(tl.program_id(0) * ROWS, num_rows, step):
+        # the rows after these, which arrive while these are worked on
+        next_y = load_rows(y + first, start + step, num_rows, o_d, y_row, D, ROWS)
+        next_dout = load_rows(dout + first, start + step, num_rows, o_d, dout_row, D, ROWS)
+        if GATED:
+            next_z = load_rows(z + first, start + step, num_rows, o_d, z_row, D, ROWS)
         o_row = (start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (o_row < num_rows)[:, None] & (o_d < D)[None, :]
-        u = tl.load(y + o_row[:, None] * y_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+        u = b_y.to(tl.float32)
         if GATED:
-            b_y = u
-            b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-            gate = sigmoid(b_z)
-            u *= b_z * gate
-        b_dout = tl.load(dout + o_row[:, None] * dout_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        along = tl.sum(b_dout * w * u, 1) / D  # one sum does not wait for the other
+            f_z = b_z.to(tl.float32)
+            gate = sigmoid(f_z)
+            u *= f_z * gate
+        f_dout = b_dout.to(tl.float32)
+        along = tl.sum(f_dout * w * u, 1) / D  # one sum does not wait for the other
         r = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
-        dweight += b_dout * u * r[:, None]
-        du = r[:, None] * (b_dout * w - u * (along * r * r)[:, None])
+        dweight += f_dout * u * r[:, None]
+        du = r[:, None] * (f_dout * w - u * (along * r * r)[:, None])
         o_out = o_row[:, None] * (G * D) + (first + o_d)[None, :]
         if GATED:
-            b_dz = du * b_y * gate * (1 + b_z * (1 - gate))
+            b_dz = du * b_y.to(tl.float32) * gate * (1 + f_z * (1 - gate))
             tl.store(dz + o_row[:, None] * dz_row + (first + o_d)[None, :], b_dz.to(dz.dtype.element_ty), mask=mask)
-            du *= b_z * gate
+            du *= f_z * gate
         if HAS_ADDEND:
             du += tl.load(addend + o_out, mask=mask, other=0.0).to(tl.float32)
         tl.store(dy + o_out, du.to(dy.dtype.element_ty), mask=mask)
         if HAS_SECOND:
             tl.store(second + o_out, du.to(second.dtype.element_ty), mask=mask)
+        b_y, b_dout = next_y, next_dout
+        if GATED:
+            b_z = next_z
     tl.store(partial + tl.program_id(0) * (G * D) + first + o_d, tl.sum(dweight, 0), mask=o_d < D)
 
 
@@ -110,7 +129,8 @@ def norm_backward(
     num_rows, d = rows.shape
     drows = torch.empty((num_rows, d), dtype=rows.dtype, device=rows.device)
     choice = launch("norm_backward", d // num_groups)
-    programs = min(NORM_PROGRAMS, triton.cdiv(num_rows, choice.rows))
+    resident = MULTIPROCESSORS * max(1, NORM_WARPS // choice.num_warps)
+    programs = min(resident, triton.cdiv(num_rows, choice.rows))
     partial = torch.empty((programs, d), dtype=torch.float32, device=rows.device)
     backward_kernel[programs, num_groups](
         rows, *gate_arguments(rows, gates), weight, dout, drows if addend is None else addend, drows,
