@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def test_gradients_are_clipped(tmp_path):
         figures = loop.train_step(toy, optimizers, recipe, [torch.tensor([[10.0]])], 0, generator=torch.Generator(), device=CPU)
         assert figures["grad_norm"].item() == pytest.approx(30)  # as it was
         assert toy.one.weight.item() == pytest.approx(2 - 0.1 * norm)
+
+
+def test_parts_add_up_and_leave_nothing(tmp_path):
+    """What led to a part's loss is free before the next part begins."""
+    toy, alive = Toy(), []
+    loss = toy.loss
+
+    def watched(*arguments):
+        assert all(reference() is None for reference in alive)
+        found = loss(*arguments)
+        alive.append(weakref.ref(found["loss"]))
+        return found
+
+    toy.loss = watched
+    optimizers, parts = {"one": torch.optim.SGD(toy.one.parameters(), lr=0.1)}, [torch.tensor([[x]]) for x in (1.0, 2.0, 4.0)]
+    figures = loop.train_step(toy, optimizers, toy_recipe(tmp_path, grad_clip=0), parts, 0, generator=torch.Generator(), device=CPU)
+    assert len(alive) == 3
+    assert figures["loss"].item() == pytest.approx(7 * 6) and figures["grad_norm"].item() == pytest.approx(7 * 3)
 
 
 def test_reports(tmp_path, log_lines):

@@ -291,13 +291,9 @@ def train_step(
         losses: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             with objective.collecting(i + 1 < len(parts)):
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                    found = objective.loss(name, part, step, generator)
-                if found:
-                    found["loss"].backward()
+                found = add_gradients(objective, name, part, step, recipe.train.precision, generator, device)
             for key, value in found.items():
-                losses[key] = losses[key] + value.detach() if key in losses else value.detach()
-            del found  # and what led to it, before the next part
+                losses[key] = losses[key] + value if key in losses else value
         if not losses:
             continue  # this player does not take part yet
         parameters = [p for p in objective.players[name].parameters() if p.grad is not None]
@@ -308,6 +304,17 @@ def train_step(
         prefix = "" if len(optimizers) == 1 or not figures else f"{name}_"
         figures |= {prefix + key: value for key, value in losses.items()} | {f"{prefix}grad_norm": whole(norm.detach())}
     return figures
+
+
+def add_gradients(
+    objective: Objective, player: str, part: Any, step: int, precision: str, generator: torch.Generator, device: torch.device
+) -> dict[str, Tensor]:
+    """The detached losses of a part. What led to them is free when this returns, before the next part begins."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        losses = objective.loss(player, part, step, generator)
+    if losses:
+        losses["loss"].backward()
+    return {key: value.detach() for key, value in losses.items()}
 
 
 def state_tensors(objective: Objective, optimizers: dict[str, torch.optim.AdamW], averages: dict[str, MovingAverage]) -> dict[str, Tensor]:
