@@ -8,7 +8,7 @@ The definition is `Mamba2Block.by_operators`; the dropout before LoRA draws its 
 that the backward pass draws the same.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class Block(torch.autograd.Function):
         lengths: Tensor | None,
         options: BlockOptions,
         ready: Ready | None,
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         weights = BlockWeights(*tensors)
         b, l, d = residual.shape
@@ -160,7 +160,7 @@ class Block(torch.autograd.Function):
                 del gated
             dgated = dhidden @ ready.out_proj
             dy, grads["gated_norm"] = norm_backward(
-                y, z, weights.gated_norm, dgated, eps, groups, dgates=dz.flatten(0, 1), learns_weight=needs.gated_norm
+                y, z, weights.gated_norm, dgated, eps, groups, dgates=dz.flatten(0, 1), learns_weight=bool(needs.gated_norm)
             )
             del dgated
 
@@ -172,7 +172,7 @@ class Block(torch.autograd.Function):
             if needs.A_log or needs.D or needs.dt_bias:
                 dA, grads["D"], grads["dt_bias"] = sums.sum((1, 2))
                 grads["A_log"] = dA * ready.A
-            inputs_of_conv, learns = xBC.unflatten(0, (b, l)), needs.conv or needs.conv_bias
+            inputs_of_conv, learns = xBC.unflatten(0, (b, l)), bool(needs.conv or needs.conv_bias)
             dtaps, grads["conv_bias"] = conv_backward(inputs_of_conv, ready.taps, ready.conv_bias, None, dscan, dxBC, learns_weights=learns)
             grads["conv"] = None if dtaps is None else dtaps.T
             del dscan, dy
@@ -193,7 +193,7 @@ class Block(torch.autograd.Function):
                 daddend = torch.empty(rows.shape, dtype=ctx.addend_dtype, device=rows.device)
             addend = dresidual.contiguous().view(-1, d)
             dtotal, grads["norm"] = norm_backward(
-                rows, None, weights.norm, du, eps, 1, addend=addend, second=daddend, learns_weight=needs.norm
+                rows, None, weights.norm, du, eps, 1, addend=addend, second=daddend, learns_weight=bool(needs.norm)
             )
         found = [
             None if grad is None or weight is None or not needed else grad.to(weight.dtype)
