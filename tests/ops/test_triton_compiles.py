@@ -1,6 +1,7 @@
 """Every kernel compiles for a Hopper GPU, without one: what the interpreter accepts and the compiler refuses shows here, and so does a
 launch choice whose tiles do not fit the registers."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from omnimamba.ops.triton import conv, decode, decode_sample, lora, norm, prefill, ssd, ssd_backward
+from omnimamba.ops.triton import conv, decode, decode_sample, launch, lora, norm, prefill, ssd, ssd_backward
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,6 +34,7 @@ POINTERS = {
 }
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 SHARED_MEMORY = 227 * 1024  # of one program, compute capability 9.0
+LEAST_SHARED_MEMORY = 99 * 1024  # 8.6, 8.9 and 12.0
 SPILLED = 256  # bytes per thread: a few values; a tile too many spills more
 SIZES = {
     "nano": {"b": 64, "l": 293, "h": 8, "p": 64, "n": 64},
@@ -45,7 +47,7 @@ class Compiled:
     """Stands in for a kernel and compiles it for the arguments of each launch."""
 
     def __init__(self, kernel, folder) -> None:
-        self.kernel, self.folder, self.spilled, self.code = kernel, folder, [], ""
+        self.kernel, self.folder, self.spilled, self.shared, self.code = kernel, folder, [], 0, ""
 
     def __getitem__(self, grid):
         return self.compile
@@ -65,7 +67,8 @@ class Compiled:
         source = ASTSource(self.kernel, signature, constexprs, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert compiled.metadata.shared <= SHARED_MEMORY
+        self.shared = max(self.shared, compiled.metadata.shared)
+        assert self.shared <= SHARED_MEMORY
         self.code = compiled.asm["ttir"]
         ptx = self.folder / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
@@ -109,8 +112,16 @@ def test_bf16(kernels, size, has_state):
     spilled = {f"{kernel.kernel.__module__.rsplit('.', 1)[-1]}.{kernel.kernel.__name__}": kernel.spilled for kernel in kernels}
     launched = {name for name, values in spilled.items() if values}
     assert launched == spilled.keys() - ({"ssd.span_kernel"} if size != "one row of 1.3b" else set()), spilled
+    if size == "nano":
+        assert all(kernel.shared <= LEAST_SHARED_MEMORY for kernel in kernels)
     if not has_state:  # training, and long prompts
         assert all(max(values, default=0) <= SPILLED for values in spilled.values()), spilled
+
+
+def test_training_1_3b_on_a_smaller_card(kernels, monkeypatch):
+    monkeypatch.setattr(launch, "has_small_memory", lambda device: True)
+    run_all(**SIZES["1.3b"], dtype=torch.bfloat16, has_state=False)
+    assert {kernel.kernel.__name__: kernel.shared for kernel in kernels if kernel.shared > LEAST_SHARED_MEMORY} == {}
 
 
 def test_fp32(kernels):
@@ -144,6 +155,7 @@ def test_prefill_of_1_3b(kernels, monkeypatch, tmp_path, lengths):
     prefill.add_rms_norm(residual, addend, torch.empty(2048, dtype=bf16), 1e-5, squares)
     assert prefill.ends_kernel.spilled == prefill.add_norm_kernel.spilled == ssd.decay_kernel.spilled == [0]
     assert ssd.span_kernel.spilled == [0] and ssd.forward_kernel.spilled[0] <= 2 * SPILLED  # numbers that a loop does not change
+    assert all(kernel.shared <= LEAST_SHARED_MEMORY for kernel in (*kernels, prefill.ends_kernel, prefill.add_norm_kernel))
 
 
 def test_what_the_convolution_carries_along(monkeypatch, tmp_path):
@@ -156,18 +168,19 @@ def test_what_the_convolution_carries_along(monkeypatch, tmp_path):
     assert loops and all(line.count(" = %") - 1 == 11 for line in loops), loops
 
 
-def test_lora_of_1_3b(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("rank", "dtype"), [(8, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32)])
+def test_lora_of_1_3b(monkeypatch, tmp_path, rank, dtype):
     names = [name for name in vars(lora) if name.endswith("_kernel")]
     for name in names:
         monkeypatch.setattr(lora, name, Compiled(getattr(lora, name), tmp_path))
-    bf16 = torch.bfloat16
-    wide, dropout = torch.empty(24 * 329, 2112, dtype=bf16), lora.Dropout(torch.zeros(1, dtype=torch.int64), 0.05)
-    A, B, low = torch.empty(8, 2048), torch.empty(8512, 8, dtype=bf16), wide[:, 2048:2056]
+    wide, dropout = torch.empty(24 * 329, 2048 + rank, dtype=dtype), lora.Dropout(torch.zeros(1, dtype=torch.int64), 0.05)
+    A, B, low = torch.empty(rank, 2048), torch.empty(8512, rank, dtype=dtype), wide[:, 2048:]
     lora.down(wide[:, :2048], A, dropout, low)
-    dlow, _ = lora.outer_gradients(torch.empty(24 * 329, 8512, dtype=bf16), low, B)
+    dlow, _ = lora.outer_gradients(torch.empty(24 * 329, 8512, dtype=dtype), low, B)
     lora.inner_gradient(wide[:, :2048], dlow, dropout)
-    lora.add_up(torch.empty(24 * 329, 2048, dtype=bf16), dlow, A, dropout)
+    lora.add_up(torch.empty(24 * 329, 2048, dtype=dtype), dlow, A, dropout)
     assert {name: getattr(lora, name).spilled for name in names} == {name: [0] for name in names}
+    assert all(getattr(lora, name).shared <= LEAST_SHARED_MEMORY for name in names)
 
 
 @pytest.fixture
@@ -192,7 +205,19 @@ def test_projections_of_1_3b(decode_kernels, dtype, num_rows):
         weight = decode.Weight(torch.empty(n, k, dtype=dtype), None if dtype == torch.bfloat16 else torch.empty(n))
         out = torch.empty(num_rows, n + 16)
         decode.project(torch.empty(num_rows, k), torch.empty(k, dtype=torch.bfloat16), weight, out, eps=1e-5, pdl=True, **options)
-    assert decode_kernels["project"].spilled == [0, 0]
+    assert decode_kernels["project"].spilled == [0, 0] and decode_kernels["project"].shared <= LEAST_SHARED_MEMORY
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_small", [False, True])
+def test_products_of_few_rows(monkeypatch, tmp_path, is_small, dtype):
+    monkeypatch.setattr(launch, "has_small_memory", lambda device: is_small)
+    monkeypatch.setattr(decode, "matrix_kernel", Compiled(decode.matrix_kernel, tmp_path))
+    for num_rows, (n, k, parts) in itertools.product((3, 64), ((8528, 2048, 1), (2048, 4096, 4))):
+        out = torch.empty(parts, num_rows, n)
+        decode.multiply_parts(torch.empty(num_rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype), out, pdl=not is_small)
+    assert set(decode.matrix_kernel.spilled) == {0}
+    assert not is_small or decode.matrix_kernel.shared <= LEAST_SHARED_MEMORY
 
 
 @pytest.mark.parametrize("num_rows", [1, 64])
@@ -228,4 +253,5 @@ def test_the_rest_of_a_step_of_1_3b(decode_kernels, num_rows):
     drawn = torch.zeros(num_rows, 16, dtype=torch.int64)
     decode_sample.finish(flags, rows, partial, drawn, parts=parts, pdl=True)
     del decode_kernels["project"]
+    assert all(kernel.shared <= LEAST_SHARED_MEMORY for kernel in decode_kernels.values())
     assert {name: max(kernel.spilled) for name, kernel in decode_kernels.items()} == dict.fromkeys(decode_kernels, 0)

@@ -9,7 +9,7 @@ from omnimamba.ops.triton import lora
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # rows, d, n, r: less than a tile, a row and a column more than one, several tiles and programs
-SIZES = [(1, 8, 16, 1), (65, 72, 200, 4), (255, 129, 65, 8), (257, 264, 72, 20)]
+SIZES = [(1, 8, 16, 1), (65, 72, 200, 4), (255, 129, 65, 8), (257, 264, 72, 20), (3, 40, 24, 130)]
 
 
 def randn(seed, *shape, device, dtype=torch.float32):

@@ -532,10 +532,11 @@ def multiply_parts(x: Tensor, weight: Tensor, out: Tensor, *, pdl: bool = False)
     cuBLAS leaves much of the memory's rate unused where rows are few, and lets neither kernel beside it start early.
     """
     b, k = x.shape
-    (parts, _, n), choice = out.shape, launch("decode_matrix", k)
+    (parts, _, n), choice = out.shape, launch("decode_matrix", k, x.device)
+    tile_k = min(choice.columns, matrix_tile(k, parts))
     with torch.cuda.device_of(x):
         matrix_kernel[(triton.cdiv(n, choice.rows), parts)](
-            x, weight, out, n, NUM_ROWS=b, K=k, TILE_M=tile(b), TILE_N=choice.rows, TILE_K=matrix_tile(k, parts), SPLITS=parts,
+            x, weight, out, n, NUM_ROWS=b, K=k, TILE_M=tile(b), TILE_N=choice.rows, TILE_K=tile_k, SPLITS=parts,
             STAGES=choice.num_stages, DOT=dot_dtype(x.dtype), PDL=pdl, num_warps=choice.num_warps, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
 

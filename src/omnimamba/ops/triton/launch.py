@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 
@@ -58,7 +59,7 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     "lora_down": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=3)),),
     "lora_up": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=1)),),
     "lora_inner_gradient": ((torch.inf, Launch(64, 128, num_warps=4, num_stages=3)),),
-    "lora_outer_gradients": ((torch.inf, Launch(256, 64, num_warps=8, num_stages=4)),),
+    "lora_outer_gradients": ((torch.inf, Launch(128, 64, num_warps=4, num_stages=4)),),
     # width: channels; the rows are positions of step sizes, the columns channels of conv states
     "prefill_ends": ((torch.inf, Launch(32, 256, num_warps=4, num_stages=1)),),
     # width: channels of the residual stream
@@ -94,12 +95,23 @@ LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     "decode_norm": ((1024, Launch(1, 0, num_warps=4, num_stages=1)), (torch.inf, Launch(1, 0, num_warps=8, num_stages=1))),
     "decode_sample": ((torch.inf, Launch(1, 1024, num_warps=4, num_stages=1)),),  # width: vocabulary; columns: tokens of one program
     # fp32 products run on the FMA units, whose operands are in registers too
+    "lora_down_fp32": ((torch.inf, Launch(32, 64, num_warps=4, num_stages=1)),),
+    "lora_up_fp32": ((torch.inf, Launch(32, 64, num_warps=4, num_stages=1)),),
+    "lora_inner_gradient_fp32": ((torch.inf, Launch(32, 64, num_warps=4, num_stages=1)),),
+    "lora_outer_gradients_fp32": ((torch.inf, Launch(32, 64, num_warps=4, num_stages=1)),),
     "ssd_forward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
     "ssd_spans_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),
     "ssd_backward_fp32": ((torch.inf, Launch(16, 0, num_warps=8, num_stages=1)),),
     "ssd_backward_states_fp32": ((torch.inf, Launch(0, 0, num_warps=4, num_stages=1)),),
     "ssd_backward_weights_fp32": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=1)),),
 }
+
+# Those of kernels that need more shared memory for a program than cards but those for servers have (99 KB).
+SMALL_LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
+    "ssd_backward_weights": ((torch.inf, Launch(0, 0, num_warps=8, num_stages=1)),),
+    "decode_matrix": ((torch.inf, Launch(64, 64, num_warps=4, num_stages=3)),),
+}
+LARGE_SHARED_MEMORY = 162 * 1024
 
 # The kernels for which other choices than those above are faster on a card, by the name that CUDA gives it.
 CARD_LAUNCHES: dict[str, dict[str, tuple[tuple[float, Launch], ...]]] = {
@@ -133,10 +145,22 @@ def card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+@functools.cache
+def has_small_memory(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < LARGE_SHARED_MEMORY
+
+
 def launch(kernel: str, width: int, device: torch.device | None = None) -> Launch:
     """The choice for a kernel at this width; without a device, or on one that has no table of its own, that of `LAUNCHES`."""
-    table = LAUNCHES if device is None else LAUNCHES | CARD_LAUNCHES.get(card(device), {})
+    table = LAUNCHES
+    if device is not None:
+        table = LAUNCHES | (SMALL_LAUNCHES if has_small_memory(device) else {}) | CARD_LAUNCHES.get(card(device), {})
     return next(choice for largest, choice in table[kernel] if width <= largest)
+
+
+def launch_for(x: Tensor, kernel: str, width: int) -> Launch:
+    """The choice for a kernel that reads x, and has another choice in fp32."""
+    return launch(f"{kernel}_fp32" if x.dtype == torch.float32 else kernel, width, x.device)
 
 
 def tile(size: int) -> int:

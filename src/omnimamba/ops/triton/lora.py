@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnimamba.ops.triton.launch import FULL_GRID, dot_dtype, launch, tile
+from omnimamba.ops.triton.launch import FULL_GRID, dot_dtype, launch_for, tile
 
 DRAWN = tl.constexpr(8)  # neighbours in a row that share one draw
 SHARE = 2**16
@@ -41,7 +41,7 @@ def down_kernel(
 ):  # fmt: skip
     """low: [rows, PADDED], of which the first R are LoRA's and the others 0."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    o_r = tl.arange(0, TILE_R)
+    o_r = tl.program_id(1) * TILE_R + tl.arange(0, TILE_R)
     dtype: tl.constexpr = u.dtype.element_ty
     b_low = tl.zeros((ROWS, TILE_R), tl.float32)
     for first in range(0, D, COLUMNS):
@@ -63,14 +63,16 @@ def up_kernel(
 ):  # fmt: skip
     """du: [rows, D], which gains dropout's share of dlow A. dlow: [rows, R]."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    o_r = tl.arange(0, TILE_R)
     first = tl.program_id(1) * COLUMNS
     o_d = first + tl.arange(0, COLUMNS)
     m_row = (o_row < num_rows)[:, None]
     dtype: tl.constexpr = du.dtype.element_ty
-    b_dlow = tl.load(dlow + o_row[:, None] * R + o_r[None, :], mask=m_row & (o_r < R)[None, :], other=0.0)
-    b_A = tl.load(A + o_r[:, None] * D + o_d[None, :], mask=(o_r < R)[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
-    b_gain = tl.dot(b_dlow.to(DOT), b_A.to(DOT), input_precision="ieee")
+    b_gain = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first_r in range(0, R, TILE_R):
+        o_r = first_r + tl.arange(0, TILE_R)
+        b_dlow = tl.load(dlow + o_row[:, None] * R + o_r[None, :], mask=m_row & (o_r < R)[None, :], other=0.0)
+        b_A = tl.load(A + o_r[:, None] * D + o_d[None, :], mask=(o_r < R)[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
+        b_gain = tl.dot(b_dlow.to(DOT), b_A.to(DOT), b_gain, input_precision="ieee")
     if HAS_DROPOUT:
         b_gain = tl.where(keeps(seed, o_row, first, zeros, D, COLUMNS), b_gain * scale, 0.0)
     p_du = du + o_row[:, None] * D + o_d[None, :]
@@ -85,7 +87,7 @@ def inner_gradient_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """partial: [spans, R, D], the sums of A's gradient over `span` tiles of rows each."""
-    o_r = tl.arange(0, TILE_R)
+    o_r = tl.program_id(2) * TILE_R + tl.arange(0, TILE_R)
     first = tl.program_id(0) * COLUMNS
     o_d = first + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = u.dtype.element_ty
@@ -110,7 +112,7 @@ def outer_gradient_kernel(
     """dlow: [spans, rows, R], partial sums over `span` tiles of dy's columns each; dB: [tiles of rows, n, R], over the rows of a tile.
     B: [n, R] in dy's dtype."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    o_r = tl.arange(0, TILE_R)
+    o_r = tl.program_id(2) * TILE_R + tl.arange(0, TILE_R)
     m_low = (o_row < num_rows)[:, None] & (o_r < R)[None, :]
     b_low = tl.load(low + o_row[:, None] * low_row + o_r[None, :], mask=m_low, other=0.0)
     b_dlow = tl.zeros((ROWS, TILE_R), tl.float32)
@@ -146,12 +148,13 @@ def down(u: Tensor, A: Tensor, dropout: Dropout, low: Tensor) -> None:
     u: [rows, d], low: [rows, r or more], dense in their columns, of one dtype; A: [r, d], rounded to it.
     """
     num_rows, d = u.shape
-    choice = launch("lora_down", d)
+    choice = launch_for(u, "lora_down", d)
     seed, zeros, scale, has_dropout = dropout.arguments(u)
-    down_kernel[(triton.cdiv(num_rows, choice.rows),)](
+    tile_r = tile_of_ranks(low.shape[1], u.dtype)
+    down_kernel[triton.cdiv(num_rows, choice.rows), triton.cdiv(low.shape[1], tile_r)](
         u, seed, A, low, u.stride(0), low.stride(0), num_rows, zeros, scale,
         D=d, R=A.shape[0], PADDED=low.shape[1], HAS_DROPOUT=has_dropout,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile(low.shape[1]), DOT=dot_dtype(u.dtype),
+        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_r, DOT=dot_dtype(u.dtype),
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
 
@@ -159,11 +162,11 @@ def down(u: Tensor, A: Tensor, dropout: Dropout, low: Tensor) -> None:
 def add_up(du: Tensor, dlow: Tensor, A: Tensor, dropout: Dropout) -> None:
     """Adds to du [rows, d], contiguous, what u's gradient gains by LoRA. dlow: [rows, r], contiguous, in du's dtype; A: [r, d]."""
     num_rows, d = du.shape
-    choice = launch("lora_up", d)
+    choice = launch_for(du, "lora_up", d)
     seed, zeros, scale, has_dropout = dropout.arguments(du)
     up_kernel[triton.cdiv(num_rows, choice.rows), triton.cdiv(d, choice.columns)](
         du, dlow, seed, A, num_rows, zeros, scale, D=d, R=A.shape[0], HAS_DROPOUT=has_dropout,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile(A.shape[0]), DOT=dot_dtype(du.dtype),
+        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_of_ranks(A.shape[0], du.dtype), DOT=dot_dtype(du.dtype),
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
 
@@ -171,14 +174,15 @@ def add_up(du: Tensor, dlow: Tensor, A: Tensor, dropout: Dropout) -> None:
 def inner_gradient(u: Tensor, dlow: Tensor, dropout: Dropout) -> Tensor:
     """The gradient of A [r, d], fp32. u: [rows, d], dense in d; dlow: [rows, r], contiguous, in its dtype."""
     (num_rows, d), r = u.shape, dlow.shape[1]
-    choice = launch("lora_inner_gradient", d)
-    columns = triton.cdiv(d, choice.columns)
-    span, spans = shares(triton.cdiv(num_rows, choice.rows), columns)
+    choice = launch_for(u, "lora_inner_gradient", d)
+    tile_r = tile_of_ranks(r, u.dtype)
+    columns, ranks = triton.cdiv(d, choice.columns), triton.cdiv(r, tile_r)
+    span, spans = shares(triton.cdiv(num_rows, choice.rows), columns * ranks)
     partial = torch.empty((spans, r, d), dtype=torch.float32, device=u.device)
     seed, zeros, scale, has_dropout = dropout.arguments(u)
-    inner_gradient_kernel[columns, spans](
+    inner_gradient_kernel[columns, spans, ranks](
         u, dlow, seed, partial, u.stride(0), num_rows, span, zeros, scale, D=d, R=r, HAS_DROPOUT=has_dropout,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile(r), DOT=dot_dtype(u.dtype),
+        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_r, DOT=dot_dtype(u.dtype),
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
     return partial.sum(0)
@@ -188,17 +192,23 @@ def outer_gradients(dy: Tensor, low: Tensor, B: Tensor) -> tuple[Tensor, Tensor]
     """The gradients of low [rows, r], in its dtype, and of B [n, r], fp32. dy: [rows, n], dense in n; low: [rows, r], dense in r, and B,
     contiguous, in its dtype."""
     (num_rows, n), r = dy.shape, B.shape[1]
-    choice = launch("lora_outer_gradients", n)
-    tiles = triton.cdiv(num_rows, choice.rows)
-    span, spans = shares(triton.cdiv(n, choice.columns), tiles)
+    choice = launch_for(dy, "lora_outer_gradients", n)
+    tile_r = tile_of_ranks(r, dy.dtype)
+    tiles, ranks = triton.cdiv(num_rows, choice.rows), triton.cdiv(r, tile_r)
+    span, spans = shares(triton.cdiv(n, choice.columns), tiles * ranks)
     dlow = torch.empty((spans, num_rows, r), dtype=torch.float32, device=dy.device)
     dB = torch.empty((tiles, n, r), dtype=torch.float32, device=dy.device)
-    outer_gradient_kernel[tiles, spans](
+    outer_gradient_kernel[tiles, spans, ranks](
         dy, low, B, dlow, dB, dy.stride(0), low.stride(0), num_rows, n, span, R=r,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile(r), DOT=dot_dtype(dy.dtype),
+        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_r, DOT=dot_dtype(dy.dtype),
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
     return dlow.sum(0).to(low.dtype), dB.sum(0)
+
+
+def tile_of_ranks(r: int, dtype: torch.dtype) -> int:
+    """LoRA's inner numbers that a program works on: as many as fit any card's shared memory. Higher ranks read the wide tensor again."""
+    return min(tile(r), 16 if dtype == torch.float32 else 32)
 
 
 def shares(size: int, programs: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omnimamba.ops.triton.decode import LOG2_E, silu
-from omnimamba.ops.triton.launch import FULL_GRID, SPAN_POSITIONS, launch, tile
+from omnimamba.ops.triton.launch import FULL_GRID, SPAN_POSITIONS, launch, launch_for, tile
 from omnimamba.ops.triton.ssd_backward import scan_backward
 from omnimamba.ops.triton.ssd_tiles import (
     chunk_rows,
@@ -37,7 +37,6 @@ from omnimamba.ops.triton.ssd_tiles import (
     operand,
     sizes,
     split_headdim,
-    ssd_launch,
     store_tile,
     strides,
 )
@@ -204,7 +203,7 @@ def scan_forward(
     final = torch.empty((b, h, p, n), dtype=torch.float32, device=x.device)
     spans = num_spans(b * h, l) if spans is None else spans
     tile_p = split_headdim(2 * b * h, p) if spans == 1 else tile(p)  # halves of heads only where all of them run at once
-    choice = ssd_launch("ssd_forward", x, n)
+    choice = launch_for(x, "ssd_forward", n)
     # On an H100, Triton 3.6 gives wrong outputs where the products of one loop have 64 rows (a chunk) and 32 (a part of headdim).
     choice = choice._replace(rows=min(choice.rows, tile_p))
     q = chunk_rows(choice, l)
@@ -274,7 +273,7 @@ def walk_spans(x: Tensor, log_decay: Tensor, log_input: Tensor, B: Tensor, span:
     decays = torch.empty((spans, b, h), dtype=torch.float32, device=x.device)
     span_kernel[b * h, 1, spans](
         x, log_decay, log_input, B, added, decays, *strides(x), *log_decay.stride()[:2], *strides(B), l, span,
-        **sizes(x, B, ssd_launch("ssd_spans", x, n)._replace(rows=rows)),
+        **sizes(x, B, launch_for(x, "ssd_spans", n)._replace(rows=rows)),
     )  # fmt: skip
     return added, decays
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from omnimamba.ops.triton.decode import softplus_slope
-from omnimamba.ops.triton.launch import tile
+from omnimamba.ops.triton.launch import launch_for, tile
 from omnimamba.ops.triton.ssd_tiles import (
     chunk_rows,
     first_state,
@@ -32,7 +32,6 @@ from omnimamba.ops.triton.ssd_tiles import (
     operand,
     sizes,
     split_headdim,
-    ssd_launch,
     store_tile,
     strides,
 )
@@ -277,7 +276,7 @@ def scan_backward(
     """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    choice = ssd_launch("ssd_backward", x, n)
+    choice = launch_for(x, "ssd_backward", n)
     q = chunk_rows(choice, l)
     num_c = triton.cdiv(l, q)
     of_heads = {"H": h, "Q": q, "TILE_H": min(TILE_HEADS, triton.next_power_of_2(h)), "num_warps": 4}
@@ -286,7 +285,7 @@ def scan_backward(
     decays_kernel[grid_heads](dt, A, decays, *strides(dt), l, **of_heads)
     entering, leaving = torch.empty((2, b, num_c, h, p, n), dtype=x.dtype, device=x.device)
     last, dinitial = torch.empty((2, b, h, p, n), dtype=torch.float32, device=x.device)
-    states_choice = ssd_launch("ssd_backward_states", x, n)._replace(rows=q)
+    states_choice = launch_for(x, "ssd_backward_states", n)._replace(rows=q)
     tile_p = split_headdim(b * h, p)
     for inputs, first, states, end, is_reverse in ((x, initial, entering, last, False), (dy, dfinal, leaving, dinitial, True)):
         weights = C if is_reverse else B
@@ -303,7 +302,7 @@ def scan_backward(
         part_B, part_C = torch.empty((2, b, l, g * splits, n), dtype=torch.float32, device=x.device)
     weights_kernel[(b * num_c * g * splits,)](
         x, B, C, dy, entering, leaving, decays, parts, part_B, part_C, *strides(x, B, C, dy, part_B, part_C), l,
-        SPLITS=splits, **sizes(x, B, ssd_launch("ssd_backward_weights", x, n)._replace(rows=q)),
+        SPLITS=splits, **sizes(x, B, launch_for(x, "ssd_backward_weights", n)._replace(rows=q)),
     )  # fmt: skip
     if splits > 1:
         for whole, part in ((dB, part_B), (dC, part_C)):

@@ -5,12 +5,11 @@
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnimamba.ops.triton.launch import FULL_GRID, MULTIPROCESSORS, SPLIT_COST, Launch, dot_dtype, launch, tile
+from omnimamba.ops.triton.launch import FULL_GRID, MULTIPROCESSORS, SPLIT_COST, Launch, dot_dtype, tile
 
 # Names: o_ offsets, m_ masks, b_ values of a tile, p_ pointers. Tiles: [q, p] for x and y, [q, n] for B and C, [p, n] for states,
 # [t, s] or [s, t] for the (q, q) matrices, from position s to position t.
@@ -53,10 +52,6 @@ def next_state(b_state, b_x, b_B, decay, ROUND: tl.constexpr, DOT: tl.constexpr)
 def strides(*tensors: Tensor) -> list[int]:
     """The first three strides of each: batch, length, head or group."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-def ssd_launch(kernel: str, x: Tensor, n: int) -> Launch:
-    return launch(f"{kernel}_fp32" if x.dtype == torch.float32 else kernel, n)
 
 
 def chunk_rows(choice: Launch, l: int) -> int:
