@@ -1,5 +1,5 @@
-"""Every kernel compiles for a Hopper GPU, without one: what the interpreter accepts and the compiler refuses shows here, and so does a
-launch choice whose tiles do not fit the registers."""
+"""Every kernel compiles for a Hopper GPU, and some for a smaller one, without any: what the interpreter accepts and the compiler refuses
+shows here, and so does a launch choice whose tiles do not fit the registers or the shared memory."""
 
 import itertools
 import os
@@ -46,6 +46,8 @@ SIZES = {
 class Compiled:
     """Stands in for a kernel and compiles it for the arguments of each launch."""
 
+    capability = 90
+
     def __init__(self, kernel, folder) -> None:
         self.kernel, self.folder, self.spilled, self.shared, self.code = kernel, folder, [], 0, ""
 
@@ -66,13 +68,14 @@ class Compiled:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constexprs, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         self.shared = max(self.shared, compiled.metadata.shared)
         assert self.shared <= SHARED_MEMORY
         self.code = compiled.asm["ttir"]
         ptx = self.folder / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
-        command = [PTXAS, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(self.folder / "kernel.cubin")]
+        name = "sm_90a" if self.capability == 90 else f"sm_{self.capability}"
+        command = [PTXAS, "-v", f"--gpu-name={name}", str(ptx), "-o", str(self.folder / "kernel.cubin")]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         self.spilled += [int(number) for number in re.findall(r"(\d+) bytes spill stores", printed)]
 
@@ -120,6 +123,7 @@ def test_bf16(kernels, size, has_state):
 
 def test_training_1_3b_on_a_smaller_card(kernels, monkeypatch):
     monkeypatch.setattr(launch, "has_small_memory", lambda device: True)
+    monkeypatch.setattr(Compiled, "capability", 89)
     run_all(**SIZES["1.3b"], dtype=torch.bfloat16, has_state=False)
     assert {kernel.kernel.__name__: kernel.shared for kernel in kernels if kernel.shared > LEAST_SHARED_MEMORY} == {}
 
@@ -212,6 +216,7 @@ def test_projections_of_1_3b(decode_kernels, dtype, num_rows):
 @pytest.mark.parametrize("is_small", [False, True])
 def test_products_of_few_rows(monkeypatch, tmp_path, is_small, dtype):
     monkeypatch.setattr(launch, "has_small_memory", lambda device: is_small)
+    monkeypatch.setattr(Compiled, "capability", 89 if is_small else 90)
     monkeypatch.setattr(decode, "matrix_kernel", Compiled(decode.matrix_kernel, tmp_path))
     for num_rows, (n, k, parts) in itertools.product((3, 64), ((8528, 2048, 1), (2048, 4096, 4))):
         out = torch.empty(parts, num_rows, n)
