@@ -28,6 +28,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -198,9 +199,11 @@ def decode_kernels(monkeypatch, tmp_path):
     return stand_ins
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize(("num_rows", "capability"), [(1, 90), (2, 90), (2, 80)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
-def test_projections_of_1_3b(decode_kernels, dtype, num_rows):
+def test_projections_of_1_3b(decode_kernels, monkeypatch, dtype, num_rows, capability):
+    monkeypatch.setattr(Compiled, "capability", capability)
+    monkeypatch.setattr(decode, "knows_float8", lambda device: capability > 80)
     lora = decode.Lora(torch.empty(16, 2048, dtype=torch.bfloat16), torch.empty(2, 8512, 8, dtype=torch.bfloat16), 4.0)
     shift = decode.Shift(
         torch.empty(4, 4352, 4, dtype=torch.bfloat16), torch.zeros(num_rows, dtype=torch.int64), torch.empty(num_rows, 256)
@@ -208,7 +211,9 @@ def test_projections_of_1_3b(decode_kernels, dtype, num_rows):
     for n, k, options in ((8512, 2048, {"lora": lora}), (2048, 4096, {"add": True, "shift": shift})):
         weight = decode.Weight(torch.empty(n, k, dtype=dtype), None if dtype == torch.bfloat16 else torch.empty(n))
         out = torch.empty(num_rows, n + 16)
-        decode.project(torch.empty(num_rows, k), torch.empty(k, dtype=torch.bfloat16), weight, out, eps=1e-5, pdl=True, **options)
+        decode.project(
+            torch.empty(num_rows, k), torch.empty(k, dtype=torch.bfloat16), weight, out, eps=1e-5, pdl=capability == 90, **options
+        )
     assert decode_kernels["project"].spilled == [0, 0] and decode_kernels["project"].shared <= LEAST_SHARED_MEMORY
 
 

@@ -256,8 +256,9 @@ def test_the_parameters_stay_what_they_were(model):
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantised_weights(kernel_device, num_rows, dtype):
+@pytest.mark.parametrize(("dtype", "knows_float8"), [(torch.int8, True), (torch.float8_e4m3fn, True), (torch.float8_e4m3fn, False)])
+def test_quantised_weights(kernel_device, monkeypatch, num_rows, dtype, knows_float8):
+    monkeypatch.setattr(kernel, "knows_float8", lambda device: knows_float8)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(num_rows, 24, generator=generator), torch.randn(37, 24, generator=generator)
     limit = 127 if dtype == torch.int8 else 448
@@ -269,6 +270,20 @@ def test_quantised_weights(kernel_device, num_rows, dtype):
     kernel.project(x.to(kernel_device), norm_weight.to(kernel_device), quantised, out, eps=1e-5)
     expected = torch.nn.functional.rms_norm(x, (24,), norm_weight, 1e-5) @ (values.float() * scale[:, None]).T
     assert_near(out.cpu(), expected, 1e-5)
+
+
+def test_every_float8_by_its_bits(kernel_device, monkeypatch):
+    """On cards that do not know the type."""
+    bits = torch.arange(256, dtype=torch.uint8).view(-1, 1).expand(256, 16).contiguous()
+    table = bits[(bits[:, 0] & 0x7F) != 0x7F].view(torch.float8_e4m3fn).to(kernel_device)  # not NaN
+    b = len(table)
+    tokens, zeros = torch.arange(b, device=kernel_device), torch.zeros(b, dtype=torch.int64, device=kernel_device)
+    positions, image_table = torch.zeros(2, 16, device=kernel_device), torch.full((1, 16), torch.nan, device=kernel_device)
+    tables = kernel.Embedding(image_table, kernel.Weight(table, torch.full((b,), 2.0, device=kernel_device)), positions, positions)
+    monkeypatch.setattr(kernel, "knows_float8", lambda device: False)
+    out = torch.full((b, 16), torch.nan, device=kernel_device)
+    kernel.embed(tokens, zeros, tokens, zeros.clone(), tables, out)
+    assert torch.equal(out, 2 * table.float())
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -84,9 +84,23 @@ def has_dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def can_unpack(values: Tensor) -> bool:
-    """Whether `widen` takes int8 values apart in NVIDIA's instructions, which the interpreter and other GPUs do not have."""
-    return values.dtype == torch.int8 and torch.version.cuda is not None and not knobs.runtime.interpret
+# How `widen` reads numbers.
+AS_THEY_ARE, PACKED, BITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def readable(values: Tensor) -> tuple[Tensor, tl.constexpr]:
+    """What a kernel is given of values, and how `widen` reads it."""
+    if values.dtype == torch.int8 and torch.version.cuda is not None and not knobs.runtime.interpret:
+        return values, PACKED  # by NVIDIA's instructions, which the interpreter and other GPUs do not have
+    if values.dtype == torch.float8_e4m3fn and not knows_float8(values.device):
+        return values.view(torch.uint8), BITS
+    return values, AS_THEY_ARE
+
+
+@functools.cache
+def knows_float8(device: torch.device) -> bool:
+    """Float8 of this kind exists from compute capability 8.9 on."""
+    return device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -142,13 +156,18 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def widen(values, PACKED: tl.constexpr):
+def widen(values, FORM: tl.constexpr):
     """The numbers in fp32.
 
     PACKED: int8, four to a register. The byte of number + 128 below the bits of 2**23 makes the fp32 number 2**23 + 128 + number: one
     permutation of bytes and one subtraction, exact. The GPU's conversion instruction has a fraction of their rate.
+    BITS: those of float8 e4m3, whose exponent and mantissa at fp16's places are the number over 256.
     """
-    if PACKED:
+    if FORM == BITS:
+        bits = values.to(tl.uint16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        return half.to(tl.float16, bitcast=True).to(tl.float32) * 256
+    if FORM == PACKED:
         return tl.inline_asm_elementwise(
             """
             {
@@ -192,7 +211,7 @@ def shift_conv_state(
 @triton.jit
 def project_tile(
     x, norm_weight, weight, scale, out, eps, first, num_out, out_row,
-    NUM_ROWS: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, HAS_SCALE: tl.constexpr, PACKED: tl.constexpr,
+    NUM_ROWS: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, HAS_SCALE: tl.constexpr, FORM: tl.constexpr,
     ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[:, first : first + TILE_N] of the rows; with ADD they gain the product instead of becoming it."""
@@ -212,7 +231,7 @@ def project_tile(
         b_x = tl.load(x + i_row * K + o_k, mask=m_k, other=0.0).to(tl.float32)
         p_out = out + i_row * out_row + o_n
         rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 0) / K + eps)
-        b_out = tl.sum(widen(b_weight, PACKED) * (b_x * b_norm)[None, :], 1) * (rstd * b_scale)
+        b_out = tl.sum(widen(b_weight, FORM) * (b_x * b_norm)[None, :], 1) * (rstd * b_scale)
         if ADD:
             b_out += tl.load(p_out, mask=m_n, other=0.0)
         tl.store(p_out, b_out, mask=m_n)
@@ -223,7 +242,7 @@ def project_kernel(
     x, norm_weight, weight, scale, lora_A, out, eps, num_out, out_row,
     conv, slots, newest, shift_first, conv_slot, newest_row,
     NUM_ROWS: tl.constexpr, K: tl.constexpr, NUM_LORA: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, HAS_SCALE: tl.constexpr,
-    PACKED: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, W: tl.constexpr, TILE_C: tl.constexpr, TAPS: tl.constexpr,
+    FORM: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, W: tl.constexpr, TILE_C: tl.constexpr, TAPS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out = rms_norm(x) @ weight.T, followed by the NUM_LORA products with lora_A; SHIFT: see `shift_conv_state`."""
@@ -233,7 +252,7 @@ def project_kernel(
     if i_tile < num_tiles:
         project_tile(
             x, norm_weight, weight, scale, out, eps, i_tile * TILE_N, num_out, out_row,
-            NUM_ROWS, K, TILE_N, TILE_K, HAS_SCALE, PACKED, ADD, PDL,
+            NUM_ROWS, K, TILE_N, TILE_K, HAS_SCALE, FORM, ADD, PDL,
         )  # fmt: skip
         if SHIFT:
             for i_row in tl.static_range(NUM_ROWS):
@@ -243,7 +262,7 @@ def project_kernel(
         if NUM_LORA:
             project_tile(
                 x, norm_weight, lora_A, scale, out + num_out, eps, (i_tile - num_tiles) * TILE_N, NUM_LORA, out_row,
-                NUM_ROWS, K, TILE_N, TILE_K, False, False, False, PDL,
+                NUM_ROWS, K, TILE_N, TILE_K, False, AS_THEY_ARE, False, PDL,
             )  # fmt: skip
 
 
@@ -408,7 +427,8 @@ def norm_kernel(
 @triton.jit
 def embed_kernel(
     tokens, is_t2i, slots, position, image_table, text_table, text_scale, image_positions, text_positions, out,
-    num_image_positions, num_text_positions, HAS_SCALE: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr, PDL: tl.constexpr,
+    num_image_positions, num_text_positions,
+    HAS_SCALE: tl.constexpr, FORM: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = table[token] + positions[position of the slot], rounded as in the table's dtype; the slot's position moves on by one."""
     start(PDL)
@@ -425,7 +445,7 @@ def embed_kernel(
         b_token = tl.load(image_table + token * K + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_position = tl.load(image_positions + tl.minimum(at, num_image_positions - 1) * K + o_k, mask=m_k, other=0.0)
     else:
-        b_token = tl.load(text_table + token * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_token = widen(tl.load(text_table + token * K + o_k, mask=m_k, other=0.0), FORM)
         if HAS_SCALE:
             b_token *= tl.load(text_scale + token)
         b_position = tl.load(text_positions + tl.minimum(at, num_text_positions - 1) * K + o_k, mask=m_k, other=0.0)
@@ -472,11 +492,12 @@ def project(
     num_lora = 0 if lora is None else lora.A.shape[0]
     programs = triton.cdiv(num_out, choice.rows) + triton.cdiv(num_lora, choice.rows)
     pointers, shift_sizes = shift_arguments(shift, out)
+    values, form = readable(weight.values)
     with torch.cuda.device_of(x):
         project_kernel[(programs,)](
-            x, norm_weight, weight.values, out if weight.scale is None else weight.scale, out if lora is None else lora.A, out, eps,
+            x, norm_weight, values, out if weight.scale is None else weight.scale, out if lora is None else lora.A, out, eps,
             num_out, out.stride(0), *pointers, NUM_ROWS=x.shape[0], K=k, NUM_LORA=num_lora, TILE_N=choice.rows,
-            TILE_K=triton.next_power_of_2(k), HAS_SCALE=weight.scale is not None, PACKED=can_unpack(weight.values), ADD=add, **shift_sizes,
+            TILE_K=triton.next_power_of_2(k), HAS_SCALE=weight.scale is not None, FORM=form, ADD=add, **shift_sizes,
             PDL=pdl,
             num_warps=choice.num_warps, num_stages=choice.num_stages, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
@@ -592,10 +613,11 @@ def embed(
     """out [b, d] fp32: embedding plus position of each row's token; `position` [slots] moves on by one, in place."""
     b, k = out.shape
     text = tables.text_table
+    values, form = readable(text.values)
     with torch.cuda.device_of(out):
         embed_kernel[(b,)](
-            tokens, is_t2i, slots, position, tables.image_table, text.values, out if text.scale is None else text.scale,
+            tokens, is_t2i, slots, position, tables.image_table, values, out if text.scale is None else text.scale,
             tables.image_positions, tables.text_positions, out, tables.image_positions.shape[0], tables.text_positions.shape[0],
-            HAS_SCALE=text.scale is not None, K=k, TILE_K=triton.next_power_of_2(k), PDL=pdl, num_warps=4, num_stages=1,
+            HAS_SCALE=text.scale is not None, FORM=form, K=k, TILE_K=triton.next_power_of_2(k), PDL=pdl, num_warps=4, num_stages=1,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
