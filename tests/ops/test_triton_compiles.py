@@ -122,9 +122,14 @@ def test_bf16(kernels, size, has_state):
         assert all(max(values, default=0) <= SPILLED for values in spilled.values()), spilled
 
 
-def test_training_1_3b_on_a_smaller_card(kernels, monkeypatch):
-    monkeypatch.setattr(launch, "has_small_memory", lambda device: True)
+@pytest.fixture
+def smaller_card(monkeypatch):
+    monkeypatch.setattr(launch, "own_launches", lambda device: launch.SMALL_LAUNCHES)
     monkeypatch.setattr(Compiled, "capability", 89)
+
+
+@pytest.mark.usefixtures("smaller_card")
+def test_training_1_3b_on_a_smaller_card(kernels):
     run_all(**SIZES["1.3b"], dtype=torch.bfloat16, has_state=False)
     assert {kernel.kernel.__name__: kernel.shared for kernel in kernels if kernel.shared > LEAST_SHARED_MEMORY} == {}
 
@@ -219,9 +224,9 @@ def test_projections_of_1_3b(decode_kernels, monkeypatch, dtype, num_rows, capab
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("is_small", [False, True])
-def test_products_of_few_rows(monkeypatch, tmp_path, is_small, dtype):
-    monkeypatch.setattr(launch, "has_small_memory", lambda device: is_small)
-    monkeypatch.setattr(Compiled, "capability", 89 if is_small else 90)
+def test_products_of_few_rows(monkeypatch, tmp_path, request, is_small, dtype):
+    if is_small:
+        request.getfixturevalue("smaller_card")
     monkeypatch.setattr(decode, "matrix_kernel", Compiled(decode.matrix_kernel, tmp_path))
     for num_rows, (n, k, parts) in itertools.product((3, 64), ((8528, 2048, 1), (2048, 4096, 4))):
         out = torch.empty(parts, num_rows, n)

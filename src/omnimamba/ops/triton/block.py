@@ -36,15 +36,16 @@ class Inputs(NamedTuple):
 
 
 def make_ready(weights: BlockWeights, scaling: float, dtype: torch.dtype) -> Ready:
-    in_proj, lora_B = weights.in_proj.to(dtype), None
-    if weights.lora_B is not None:
-        (n, d), r = in_proj.shape, weights.lora_B.shape[1]
-        in_proj, lora_B = rows_of(n, d + padded(r), in_proj.device, dtype), (weights.lora_B * scaling).to(dtype)
-        in_proj[:, :d] = weights.in_proj
-        in_proj[:, d : d + r] = lora_B
-        in_proj[:, d + r :] = 0
+    if weights.lora_B is None:
+        joined, lora_B = weights.in_proj.to(dtype), None
+    else:
+        (n, d), r = weights.in_proj.shape, weights.lora_B.shape[1]
+        joined, lora_B = rows_of(n, d + padded(r), weights.in_proj.device, dtype), (weights.lora_B * scaling).to(dtype)
+        joined[:, :d] = weights.in_proj
+        joined[:, d : d + r] = lora_B
+        joined[:, d + r :] = 0
     return Ready(
-        in_proj, lora_B, weights.out_proj.to(dtype), weights.conv.to(dtype).T.contiguous(), weights.conv_bias.to(dtype),
+        joined, lora_B, weights.out_proj.to(dtype), weights.conv.to(dtype).T.contiguous(), weights.conv_bias.to(dtype),
         weights.dt_bias.float(), A_of(weights.A_log).contiguous(), weights.D.float(),
     )  # fmt: skip
 

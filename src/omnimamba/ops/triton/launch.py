@@ -141,21 +141,19 @@ NORM_WARPS = 24
 
 
 @functools.cache
-def card(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-
-
-@functools.cache
-def has_small_memory(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < LARGE_SHARED_MEMORY
+def own_launches(device: torch.device) -> dict[str, tuple[tuple[float, Launch], ...]]:
+    """The choices that a device does not share with others."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    small = SMALL_LAUNCHES if properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY else {}
+    return small | CARD_LAUNCHES.get(properties.name, {})
 
 
 def launch(kernel: str, width: int, device: torch.device | None = None) -> Launch:
-    """The choice for a kernel at this width; without a device, or on one that has no table of its own, that of `LAUNCHES`."""
-    table = LAUNCHES
-    if device is not None:
-        table = LAUNCHES | (SMALL_LAUNCHES if has_small_memory(device) else {}) | CARD_LAUNCHES.get(card(device), {})
-    return next(choice for largest, choice in table[kernel] if width <= largest)
+    """The choice for a kernel at this width; without a device, that of `LAUNCHES`."""
+    own = {} if device is None else own_launches(device)
+    return next(choice for largest, choice in own.get(kernel, LAUNCHES[kernel]) if width <= largest)
 
 
 def launch_for(x: Tensor, kernel: str, width: int) -> Launch:
