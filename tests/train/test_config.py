@@ -10,6 +10,7 @@ from omnimamba.train.config import Recipe, Train, read_recipe
 from omnimamba.train.stages import LORA_STAGES, STAGES
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
+TOKENIZER = 'kind = "tokenizer"\npreset = "tiny"\n'
 VQ = 'kind = "vq"\npreset = "tiny"\n[train]\nsteps = 10\nlr = 1e-3\nbatch = 4\n'
 TOWER = VQ.replace('"vq"', '"tower"') + '[init]\ntokenizer = "tokenizer.json"\n'
 STAGE2 = (
@@ -165,6 +166,7 @@ def test_overrides_of_the_recipe_itself(read):
         (TOWER, ("train.keep_start=0.5",), "train.keep_start=0.5 keeps weights of a finished model: name init.model"),
         (STAGE2, ("train.keep_start=0.5",), "train.keep_start=0.5 keeps weights of a finished model: name init.model"),
         (VQ, ("train.keep_start=0.5", "init.model=folder"), "train.keep_start=0.5 is for omnimamba and tower recipes"),
+        (TOKENIZER, ("train.keep_start=0.5",), "a tokenizer is counted, not trained in steps: leave \\[train\\] out of its recipe"),
         (VQ, ("train.graphs=true",), "train.graphs=true is for omnimamba recipes; leave it out of a vq recipe"),
         (VQ, ("data.max_broken=3",), "data.max_broken=3 is for omnimamba recipes; a vq needs all of its images"),
         (STAGE2, ("init.mmu=folder",), "init.mmu and init.t2i belong together"),

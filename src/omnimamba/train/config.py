@@ -348,6 +348,8 @@ class Recipe:
             raise ValueError(f"model={self.model!r} must be a section, [model]")
         _ = self.config  # raises for changes that make no model
         if self.kind == "tokenizer":
+            if self.train != Train():
+                raise ValueError("a tokenizer is counted, not trained in steps: leave [train] out of its recipe")
             return
         for name in ("steps", "lr"):
             if getattr(self.train, name) == 0:
