@@ -96,6 +96,8 @@ SPREAD = {
     "fsdp, recompute, chunk": ("train.parallel=fsdp", "train.recompute=true", CHUNK),
 }
 """Variants for several processes."""
+LEARNS_FAST = ("train.warmup=0", "train.lr=3e-3")
+"""So that losses show whether a step works on the weights that the one before it left."""
 NOT_RANDOM = ("model.lora.dropout=0.0", "train.image_token_noise=0.0", "augment={}")
 """For losses of several processes, or parts, that are to be those of one: each draws noise of its own."""
 
@@ -241,7 +243,7 @@ def wrong_losses(variants: list[str], device: torch.device, processes: Processes
     errors: dict[str, float] = {}
     with data_of(CASES["tiny"], processes) as folder:
         for overrides in ((), NOT_RANDOM):
-            case = dataclasses.replace(CASES["tiny"], overrides=(*CASES["tiny"].overrides, *overrides))
+            case = dataclasses.replace(CASES["tiny"], overrides=(*CASES["tiny"].overrides, *LEARNS_FAST, *overrides))
             compared = [name for name in variants if (name in SPREAD or name in PARTS) == bool(overrides)]
             losses: dict[str, list[float]] = {}
             for name in dict.fromkeys(["python", *compared]) if compared else ():

@@ -109,9 +109,15 @@ def test_weights_are_made_ready_once(kernel_device, whole, monkeypatch):
         expected = learn(block, residual, task)
         assert_equal_gradients(learn(block, residual, task, ready=weights), expected)
         assert len(made) == 2 * (num + 1) + max(1, num)  # forwards and backwards where nothing is kept; once for a task in a row
-    with torch.no_grad():
-        block.mixer.out_proj.weight.mul_(2)
-    assert_equal_gradients(learn(block, residual, ready=weights), learn(block, residual))
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
+    sum(p.sum() for p in block.parameters()).backward()
+    optimizer.step()
+    weights.clear()
+    expected = learn(block, residual)
+    assert_equal_gradients(learn(block, residual, ready=weights), expected)
+    optimizer.step()
+    stale = learn(block, residual, ready=weights)
+    assert not torch.allclose(stale["out"], learn(block, residual)["out"], rtol=0.01)
 
 
 def test_several_chunks_and_spans(kernel_device, whole):

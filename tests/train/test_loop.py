@@ -85,6 +85,16 @@ def test_a_players_loss_leaves_no_gradient_in_another(tmp_path):
         assert figures["two_grad_norm"].item() == pytest.approx(5)
 
 
+def test_an_objective_is_told_of_each_update(tmp_path):
+    toy, updates = Toy(), []
+    toy.updated = lambda: updates.append((toy.one.weight.item(), toy.two.weight.item()))
+    loop.run(toy, toy_recipe(tmp_path), CPU)
+    ones, twos = zip(*updates, strict=True)
+    assert len(updates) == 11  # player two pauses in the first step
+    assert len(set(ones)) == len(set(twos)) == 6  # twos with that of the start
+    assert (ones[-1], twos[-1]) == (toy.one.weight.item(), toy.two.weight.item())
+
+
 def test_gradients_are_clipped(tmp_path):
     for clip, norm in ((0.5, 0.5), (0.0, 30.0)):
         toy = Toy()

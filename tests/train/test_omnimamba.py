@@ -195,6 +195,18 @@ def test_padding_changes_nothing(recipe, by_sample, parts):
         torch.testing.assert_close(gradients(found), gradients(wanted), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("options", "keeps"), [({}, False), ({"accumulate": 2}, True), ({"accumulate": 2, "parallel": "fsdp"}, False)])
+def test_weights_are_ready_for_the_parts_of_one_step(recipe, options, keeps):
+    objective = make_objective(recipe("stage2", **{"mmu_batch": 4, "t2i_batch": 4} | options), CPU)
+    ready = objective.losses.options["saving"].ready
+    assert (ready is not None) == keeps and ready is objective.ready
+    if ready is not None:
+        ready.get(objective.model.backbone.layers[0].mixer.block_weights(torch.ones(1), None), lambda: "ready")
+        assert ready.found
+        objective.updated()
+        assert not ready.found
+
+
 def test_few_lengths():
     lengths = [padded_length(length, 453) for length in range(5, 454)]
     assert all(padded >= length for length, padded in enumerate(lengths, 5))

@@ -44,21 +44,25 @@ class Ready(NamedTuple):
 
 
 class ReadyWeights:
-    """Those of blocks, kept for several passes through the same weights; of each block those with the LoRA that was asked for last."""
+    """Those of blocks, kept for several passes through the same weights; of each block those with the LoRA that was asked for last.
+
+    Whoever changes weights has to call `clear`: they do not tell (a fused optimizer leaves a tensor's version as it is).
+    """
 
     def __init__(self) -> None:
-        self.found: dict[int, tuple[BlockWeights, list[int], Ready]] = {}
+        self.found: dict[int, tuple[BlockWeights, Ready]] = {}
 
     def get(self, weights: BlockWeights, make: Callable[[], Ready]) -> Ready:
-        """Those of `weights`; what `make` returns if they are others than last time, or have changed since."""
-        block, versions = id(weights.in_proj), [w._version for w in weights if w is not None]
-        before = self.found.get(block)
-        if before is not None and before[0].lora_B is weights.lora_B and before[1] == versions:
-            return before[2]
-        del before
+        """Those of `weights`; what `make` returns if they were not asked for last."""
+        block = id(weights.in_proj)
+        if block in self.found and self.found[block][0].lora_B is weights.lora_B:
+            return self.found[block][1]
         self.found.pop(block, None)  # its memory first
-        self.found[block] = weights, versions, make()
-        return self.found[block][2]
+        self.found[block] = weights, make()
+        return self.found[block][1]
+
+    def clear(self) -> None:
+        self.found.clear()
 
 
 class Saving(NamedTuple):

@@ -69,6 +69,9 @@ class Objective(Protocol):
         """Scalars of a step; the one named `loss` is minimised by `player`. `generator` is on the device, seeded for the step."""
         ...
 
+    def updated(self) -> None:
+        """Called whenever an optimizer has changed weights."""
+
     def num_tokens(self, batch: Any) -> int:
         """Tokens (images for a VQ or tower) that a batch holds, for the speed display."""
         ...
@@ -299,6 +302,7 @@ def train_step(
         parameters = [p for p in objective.players[name].parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, recipe.train.grad_clip or float("inf"))
         optimizer.step()
+        objective.updated()
         for other in optimizers.values():  # a loss may reach other players, as the adversarial one does
             other.zero_grad(set_to_none=True)
         prefix = "" if len(optimizers) == 1 or not figures else f"{name}_"

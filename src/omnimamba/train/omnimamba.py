@@ -53,11 +53,9 @@ BACKBONE_FILES = ("pytorch_model.bin", "model.safetensors")
 class TaskLosses(nn.Module):
     """The summed cross entropies of a step's tasks in one forward pass, as DDP and FSDP want it."""
 
-    def __init__(self, model: OmniMambaModel, train: Train) -> None:
+    def __init__(self, model: OmniMambaModel, train: Train, ready: ReadyWeights | None = None) -> None:
         super().__init__()
         self.model = model
-        # The second and later parts of a step find the weights ready; but FSDP gathers them for each anew.
-        ready = ReadyWeights() if train.accumulate > 1 and train.parallel != "fsdp" else None
         self.options = {"chunk": train.loss_chunk, "saving": Saving(train.recompute, ready)}
 
     def forward(self, inputs: dict[Task, tuple[Tensor, ...]]) -> dict[Task, Tensor]:
@@ -116,7 +114,9 @@ class OmniMambaObjective(Objective):
         self.batch_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.batch_stream is not None:
             self.batch_stream.wait_stream(torch.cuda.current_stream(device))
-        self.losses = distribute(TaskLosses(self.model, train), self.model.backbone.layers, train.parallel, processes, device)
+        # The second and later parts of a step find the weights ready; but FSDP gathers them for each anew.
+        self.ready = ReadyWeights() if train.accumulate > 1 and train.parallel != "fsdp" else None
+        self.losses = distribute(TaskLosses(self.model, train, self.ready), self.model.backbone.layers, train.parallel, processes, device)
 
     def summary(self) -> str:
         train, groups = self.recipe.train, Counter[str]()
@@ -194,6 +194,10 @@ class OmniMambaObjective(Objective):
 
     def collecting(self, yes: bool) -> contextlib.AbstractContextManager[None]:
         return gradients_stay_here(self.losses, yes)
+
+    def updated(self) -> None:
+        if self.ready is not None:
+            self.ready.clear()
 
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The sum of the tasks' mean losses, as in the authors' trainer, and each of them.
