@@ -84,6 +84,18 @@ def test_checkpoints_of_several_processes(runs):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parts_on_one_process(plain_stage2, tmp_path, log_lines, device):
+    """They are the whole, also after updates so large that a part which worked with older weights would show."""
+    losses = {}
+    for parts in (1, 2, 3):
+        changes = ["train.lr=1e-2", "train.warmup=0", "train.val_every=0", "train.sample_every=0", "train.save_every=0"]
+        train(plain_stage2, [*changes, f"train.accumulate={parts}", f"out={tmp_path / str(parts)}"], device=device)
+        losses[parts] = [line["loss"] for line in log_lines(tmp_path / str(parts))]
+    assert losses[1][-1] < 0.95 * losses[1][0]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3) and losses[3] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("kind", "train", "num", "message"),
     [

@@ -146,8 +146,8 @@ def own_launches(device: torch.device) -> dict[str, tuple[tuple[float, Launch], 
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
-    small = SMALL_LAUNCHES if properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY else {}
-    return small | CARD_LAUNCHES.get(properties.name, {})
+    is_small = torch.version.cuda is None or properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY  # others do not tell
+    return (SMALL_LAUNCHES if is_small else {}) | CARD_LAUNCHES.get(properties.name, {})
 
 
 def launch(kernel: str, width: int, device: torch.device | None = None) -> Launch:
