@@ -80,7 +80,7 @@ def split_scan(xBC: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor, Tens
 
 def read(
     residual: Tensor, addend: Tensor | None, weights: BlockWeights, ready: Ready, options: BlockOptions, dropout: Dropout,
-    lengths: Tensor | None, kept: tuple[Tensor, ...] = (),
+    lengths: Tensor | None, kept: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Inputs]:  # fmt: skip
     """The residual stream with the addend, and what follows from it. kept: zxbcdt and low, where they are there from the forward pass."""
     b, l, d = residual.shape
@@ -91,7 +91,7 @@ def read(
     total = residual if addend is None else torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     add_norm(residual, addend, weights.norm, options.eps, u, total=total)
     if kept:
-        zxbcdt, low = kept if weights.lora_A is not None else (kept[0], None)
+        zxbcdt, low = kept
     else:
         if weights.lora_A is not None:
             down(u, weights.lora_A, dropout, wide[:, d:])
@@ -128,7 +128,7 @@ class Block(torch.autograd.Function):
             gated = torch.empty((b * l, y.shape[2] * y.shape[3]), dtype=dtype, device=y.device)
             norm_forward(y.view(b * l, -1), z.flatten(0, 1), weights.gated_norm, options.eps, options.num_groups, gated)
             hidden = (gated @ ready.out_proj.T).view(b, l, d)
-        kept = () if options.recompute else (inputs.zxbcdt,) if inputs.low is None else (inputs.zxbcdt, inputs.low.contiguous())
+        kept = () if options.recompute else (inputs.zxbcdt, None if inputs.low is None else inputs.low.contiguous())
         ctx.save_for_backward(residual, y, seed, lengths, *tensors, *kept)
         ctx.options, ctx.dtype, ctx.addend_dtype = options, dtype, None if addend is None else addend.dtype
         return residual, hidden

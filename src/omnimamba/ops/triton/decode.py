@@ -88,13 +88,13 @@ def has_dependent_launch(device: torch.device) -> bool:
 AS_THEY_ARE, PACKED, BITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-def readable(values: Tensor) -> tuple[Tensor, tl.constexpr]:
+def readable(values: Tensor) -> tuple[Tensor, int]:
     """What a kernel is given of values, and how `widen` reads it."""
     if values.dtype == torch.int8 and torch.version.cuda is not None and not knobs.runtime.interpret:
-        return values, PACKED  # by NVIDIA's instructions, which the interpreter and other GPUs do not have
+        return values, PACKED.value  # by NVIDIA's instructions, which the interpreter and other GPUs do not have
     if values.dtype == torch.float8_e4m3fn and not knows_float8(values.device):
-        return values.view(torch.uint8), BITS
-    return values, AS_THEY_ARE
+        return values.view(torch.uint8), BITS.value
+    return values, AS_THEY_ARE.value
 
 
 @functools.cache

@@ -7,12 +7,14 @@ depends on one seed and their position; the kernels draw that again instead of r
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # The bodies of kernels are Triton's language, and a kernel takes num_warps and num_stages beside its own arguments.
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnimamba.ops.triton.launch import FULL_GRID, dot_dtype, launch_for, tile
+from omnimamba.ops.triton.launch import FULL_GRID, Launch, dot_dtype, launch_for, tile
 
 DRAWN = tl.constexpr(8)  # neighbours in a row that share one draw
 SHARE = 2**16
@@ -150,12 +152,10 @@ def down(u: Tensor, A: Tensor, dropout: Dropout, low: Tensor) -> None:
     num_rows, d = u.shape
     choice = launch_for(u, "lora_down", d)
     seed, zeros, scale, has_dropout = dropout.arguments(u)
-    tile_r = tile_of_ranks(low.shape[1], u.dtype)
-    down_kernel[triton.cdiv(num_rows, choice.rows), triton.cdiv(low.shape[1], tile_r)](
+    tiles = sizes(u, A.shape[0], choice)
+    down_kernel[triton.cdiv(num_rows, choice.rows), triton.cdiv(low.shape[1], tiles["TILE_R"])](
         u, seed, A, low, u.stride(0), low.stride(0), num_rows, zeros, scale,
-        D=d, R=A.shape[0], PADDED=low.shape[1], HAS_DROPOUT=has_dropout,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_r, DOT=dot_dtype(u.dtype),
-        num_warps=choice.num_warps, num_stages=choice.num_stages,
+        D=d, PADDED=low.shape[1], HAS_DROPOUT=has_dropout, **tiles,
     )  # fmt: skip
 
 
@@ -165,9 +165,7 @@ def add_up(du: Tensor, dlow: Tensor, A: Tensor, dropout: Dropout) -> None:
     choice = launch_for(du, "lora_up", d)
     seed, zeros, scale, has_dropout = dropout.arguments(du)
     up_kernel[triton.cdiv(num_rows, choice.rows), triton.cdiv(d, choice.columns)](
-        du, dlow, seed, A, num_rows, zeros, scale, D=d, R=A.shape[0], HAS_DROPOUT=has_dropout,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_of_ranks(A.shape[0], du.dtype), DOT=dot_dtype(du.dtype),
-        num_warps=choice.num_warps, num_stages=choice.num_stages,
+        du, dlow, seed, A, num_rows, zeros, scale, D=d, HAS_DROPOUT=has_dropout, **sizes(du, A.shape[0], choice)
     )  # fmt: skip
 
 
@@ -175,15 +173,13 @@ def inner_gradient(u: Tensor, dlow: Tensor, dropout: Dropout) -> Tensor:
     """The gradient of A [r, d], fp32. u: [rows, d], dense in d; dlow: [rows, r], contiguous, in its dtype."""
     (num_rows, d), r = u.shape, dlow.shape[1]
     choice = launch_for(u, "lora_inner_gradient", d)
-    tile_r = tile_of_ranks(r, u.dtype)
-    columns, ranks = triton.cdiv(d, choice.columns), triton.cdiv(r, tile_r)
+    tiles = sizes(u, r, choice)
+    columns, ranks = triton.cdiv(d, choice.columns), triton.cdiv(r, tiles["TILE_R"])
     span, spans = shares(triton.cdiv(num_rows, choice.rows), columns * ranks)
     partial = torch.empty((spans, r, d), dtype=torch.float32, device=u.device)
     seed, zeros, scale, has_dropout = dropout.arguments(u)
     inner_gradient_kernel[columns, spans, ranks](
-        u, dlow, seed, partial, u.stride(0), num_rows, span, zeros, scale, D=d, R=r, HAS_DROPOUT=has_dropout,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_r, DOT=dot_dtype(u.dtype),
-        num_warps=choice.num_warps, num_stages=choice.num_stages,
+        u, dlow, seed, partial, u.stride(0), num_rows, span, zeros, scale, D=d, HAS_DROPOUT=has_dropout, **tiles
     )  # fmt: skip
     return partial.sum(0)
 
@@ -193,22 +189,21 @@ def outer_gradients(dy: Tensor, low: Tensor, B: Tensor) -> tuple[Tensor, Tensor]
     contiguous, in its dtype."""
     (num_rows, n), r = dy.shape, B.shape[1]
     choice = launch_for(dy, "lora_outer_gradients", n)
-    tile_r = tile_of_ranks(r, dy.dtype)
-    tiles, ranks = triton.cdiv(num_rows, choice.rows), triton.cdiv(r, tile_r)
-    span, spans = shares(triton.cdiv(n, choice.columns), tiles * ranks)
+    tiles = sizes(dy, r, choice)
+    rows, ranks = triton.cdiv(num_rows, choice.rows), triton.cdiv(r, tiles["TILE_R"])
+    span, spans = shares(triton.cdiv(n, choice.columns), rows * ranks)
     dlow = torch.empty((spans, num_rows, r), dtype=torch.float32, device=dy.device)
-    dB = torch.empty((tiles, n, r), dtype=torch.float32, device=dy.device)
-    outer_gradient_kernel[tiles, spans, ranks](
-        dy, low, B, dlow, dB, dy.stride(0), low.stride(0), num_rows, n, span, R=r,
-        ROWS=choice.rows, COLUMNS=choice.columns, TILE_R=tile_r, DOT=dot_dtype(dy.dtype),
-        num_warps=choice.num_warps, num_stages=choice.num_stages,
-    )  # fmt: skip
+    dB = torch.empty((rows, n, r), dtype=torch.float32, device=dy.device)
+    outer_gradient_kernel[rows, spans, ranks](dy, low, B, dlow, dB, dy.stride(0), low.stride(0), num_rows, n, span, **tiles)
     return dlow.sum(0).to(low.dtype), dB.sum(0)
 
 
-def tile_of_ranks(r: int, dtype: torch.dtype) -> int:
-    """LoRA's inner numbers that a program works on: as many as fit any card's shared memory. Higher ranks read the wide tensor again."""
-    return min(tile(r), 16 if dtype == torch.float32 else 32)
+def sizes(x: Tensor, r: int, choice: Launch) -> dict[str, Any]:
+    """The arguments common to all kernels, of LoRA of rank r beside x: a tile has as many inner numbers as fit any card's shared memory.
+    Higher ranks read the wide tensor again."""
+    tile_r = min(tile(r), 16 if x.dtype == torch.float32 else 32)
+    tiles = {"R": r, "ROWS": choice.rows, "COLUMNS": choice.columns, "TILE_R": tile_r, "DOT": dot_dtype(x.dtype)}
+    return tiles | {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
 
 
 def shares(size: int, programs: int) -> tuple[int, int]:
