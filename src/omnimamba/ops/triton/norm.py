@@ -21,29 +21,29 @@ from omnimamba.ops.triton.decode import sigmoid, silu
 from omnimamba.ops.triton.launch import MULTIPROCESSORS, NORM_WARPS, Launch, launch
 
 
+@triton.jit
+def load_rows(p_first, start, num_rows, o_d, stride_row, D: tl.constexpr, ROWS: tl.constexpr):
+    o_row = (start + tl.arange(0, ROWS)).to(tl.int64)
+    return tl.load(p_first + o_row[:, None] * stride_row + o_d[None, :], mask=(o_row < num_rows)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
     y, y_row, z, z_row, weight, out, out_row, num_rows, eps,
     GATED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0) * ROWS
+    o_row = (start + tl.arange(0, ROWS)).to(tl.int64)
     o_d = tl.arange(0, COLUMNS)
     first = tl.program_id(1) * D
     mask = (o_row < num_rows)[:, None] & (o_d < D)[None, :]
-    u = tl.load(y + o_row[:, None] * y_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+    u = load_rows(y + first, start, num_rows, o_d, y_row, D, ROWS).to(tl.float32)
     if GATED:
-        b_z = tl.load(z + o_row[:, None] * z_row + (first + o_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        u *= silu(b_z)
+        u *= silu(load_rows(z + first, start, num_rows, o_d, z_row, D, ROWS).to(tl.float32))
     r = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_out = u * r[:, None] * w[None, :]
     tl.store(out + o_row[:, None] * out_row + (first + o_d)[None, :], b_out.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_rows(p_first, start, num_rows, o_d, stride_row, D: tl.constexpr, ROWS: tl.constexpr):
-    o_row = (start + tl.arange(0, ROWS)).to(tl.int64)
-    return tl.load(p_first + o_row[:, None] * stride_row + o_d[None, :], mask=(o_row < num_rows)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -59,12 +59,12 @@ def backward_kernel(
     w = tl.load(weight + first + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     step = tl.num_programs(0) * ROWS
-    start = tl.program_id(0) * ROWS
-    b_y = load_rows(y + first, start, num_rows, o_d, y_row, D, ROWS)
-    b_dout = load_rows(dout + first, start, num_rows, o_d, dout_row, D, ROWS)
+    begin = tl.program_id(0) * ROWS
+    b_y = load_rows(y + first, begin, num_rows, o_d, y_row, D, ROWS)
+    b_dout = load_rows(dout + first, begin, num_rows, o_d, dout_row, D, ROWS)
     if GATED:
-        b_z = load_rows(z + first, start, num_rows, o_d, z_row, D, ROWS)
-    for start in range(tl.program_id(0) * ROWS, num_rows, step):
+        b_z = load_rows(z + first, begin, num_rows, o_d, z_row, D, ROWS)
+    for start in range(begin, num_rows, step):
         # the rows after these, which arrive while these are worked on
         next_y = load_rows(y + first, start + step, num_rows, o_d, y_row, D, ROWS)
         next_dout = load_rows(dout + first, start + step, num_rows, o_d, dout_row, D, ROWS)
