@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from omnimamba.config import LoraConfig, Task
+from omnimamba.model import lora
 from omnimamba.model.lora import TaskLoraLinear
 from omnimamba.model.state import MambaState
 
@@ -48,6 +49,16 @@ def test_mixed_batch_equals_single_task_batches(backbone):
         torch.testing.assert_close(hidden[0][rows], backbone(x[rows, :-1], task, state=alone), rtol=1e-5, atol=5e-5)
         torch.testing.assert_close(hidden[1][rows], backbone.step(x[rows, -1], task, alone), rtol=1e-5, atol=5e-5)
         torch.testing.assert_close(mixed.slots(rows).ssm, alone.ssm, rtol=1e-5, atol=5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 30])
+@pytest.mark.parametrize("task", [*Task, None])
+def test_a_prompt_is_read_as_in_training(linear, monkeypatch, length, task):
+    """Fewer positions than those from which on LoRA is merged, as many, and more."""
+    monkeypatch.setattr(lora, "MERGED_POSITIONS", 16)
+    u = randn(2, length, 12)
+    torch.testing.assert_close(linear.eval().read(u, task), linear(u, task))
 
 
 def test_only_the_active_pair_gets_a_gradient(linear):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from omnimamba.config import LoraConfig, Task
 from omnimamba.ops.quant import QuantizedWeight, linear
 
+MERGED_POSITIONS = 8192
+"""From so many on, a product with weight + scaling * B A costs less than LoRA's way through an output of as many rows."""
 Tasks = Task | Tensor | None
 """Which LoRA a call uses: one task for the whole batch, `is_t2i` [b] bool for a mixed batch, None for no LoRA at all."""
 
@@ -46,7 +48,8 @@ class TaskLoraLinear(nn.Module):
     @torch.no_grad()
     def read(self, u: Tensor, task: Tasks) -> Tensor:
         """`forward` without gradients. The large product is added to what LoRA gives, not the other way round: the output [b, l, n] then
-        passes through memory three times fewer. But on a CPU a quantised matrix has a product of its own, to which LoRA is added."""
+        passes through memory three times fewer. But on a CPU a quantised matrix has a product of its own, to which LoRA is added. For a
+        long prompt LoRA's product is added to the weight instead, which is the smaller of the two by far."""
         if not isinstance(task, Task) or not self.lora_A:
             return self(u, task)
         weight = self.weight
@@ -54,6 +57,9 @@ class TaskLoraLinear(nn.Module):
             if u.device.type == "cpu":
                 return add_product(linear(u, weight), F.linear(u, self.lora_A[task]) * self.scaling, self.lora_B[task])
             weight = weight.dequantize(u.dtype)
+        if u[..., 0].numel() >= MERGED_POSITIONS:
+            A, B = self.lora_A[task], self.lora_B[task]
+            return F.linear(u, torch.addmm(weight, B, A, alpha=self.scaling))
         return add_product(self.lora(u, task), u, weight)
 
     def pair(self, task: Task | None) -> tuple[Tensor, Tensor] | tuple[None, None]:

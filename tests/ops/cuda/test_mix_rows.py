@@ -99,9 +99,11 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance, error  # not so for NaN
 
 
+@pytest.mark.parametrize("min_rounds", [1, 8])
 @pytest.mark.parametrize(("case", "name", "seed"), [(c, n, s) for s, (c, n) in enumerate(itertools.product(CASES, SLOTS))])
-def test_the_emulated_kernel_equals_the_operators(emulated, case, name, seed):
-    """seed: of the order in which threads go on."""
+def test_the_emulated_kernel_equals_the_operators(emulated, monkeypatch, case, name, seed, min_rounds):
+    """Two rounds and none, one round and a half, less than one; seed: of the order in which threads go on."""
+    monkeypatch.setattr(mix_rows, "MIN_ROUNDS", min_rounds)
     mixing = Mixing(case, SLOTS[name], "cpu")
     shape = Shape.of(mixing.layer, len(mixing.slots), SHARED_BYTES)
     assert shape is not None and shape.num_stages > 2

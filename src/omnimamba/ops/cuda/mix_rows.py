@@ -19,6 +19,7 @@ NUM_PREPARING = 8  # warps that make what the others need
 THREADS = 32 * (NUM_WARPS + NUM_PREPARING)
 MAX_ROWS = THREADS
 CHUNK = 512  # channels that are prepared at once
+MIN_ROUNDS = 8  # 64 rows have 3, and are 3 % slower in rounds; 256 have 15
 MAX_STAGES = 3  # more make nothing faster
 POINTERS = (
     "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "norm", "gated",
@@ -72,7 +73,7 @@ class Shape(NamedTuple):
 
     def defines(self) -> dict[str, Any]:
         own = {name.upper(): int(value) for name, value in self._asdict().items()}
-        sizes = {"TILE_BYTES": TILE_BYTES, "SHARED_BYTES": self.work_bytes, "CHUNK": CHUNK}
+        sizes = {"TILE_BYTES": TILE_BYTES, "SHARED_BYTES": self.work_bytes, "CHUNK": CHUNK, "MIN_ROUNDS": MIN_ROUNDS}
         return own | sizes | {"NUM_WARPS": NUM_WARPS, "NUM_PREPARING": NUM_PREPARING}
 
     @property
