@@ -1,5 +1,6 @@
 """A whole block as one operator against the block composed of plain operators: outputs, and the gradients of what trains."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -151,19 +152,25 @@ def test_what_trains(kernel_device, whole, task, sizes, frozen):
 
 
 def test_under_autocast(kernel_device, whole):
-    """The dtypes of the composition, and errors against fp32 not much above its errors."""
-    block, residual = block_of(kernel_device), torch.randn(2, 20, TINY.backbone.d_model, device=kernel_device)
-    results = {}
-    for path, is_whole, is_bf16 in (("whole", True, True), ("composed", False, True), ("fp32", False, False)):
-        whole(is_whole)
-        with torch.autocast(kernel_device, torch.bfloat16, enabled=is_bf16):
-            results[path] = learn(block, residual, hidden_dtype=torch.bfloat16, recompute=True)
-    for name, expected in results["fp32"].items():
-        found, composed = results["whole"][name], results["composed"][name]
-        if expected is not None:
-            assert found.dtype == composed.dtype, name
-            error, other = ((m.double() - expected.double()).norm() for m in (found, composed))
-            assert error <= 1.5 * other + 2e-3 * expected.double().norm(), f"{name}: {error}, composed {other}"
+    """The dtypes of the composition, and errors against fp32 not much above its errors, over several draws: some gradients are of four
+    numbers, whose errors are a matter of chance."""
+    block = block_of(kernel_device)
+    squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    for seed in range(6):
+        residual = torch.randn(2, 20, TINY.backbone.d_model, generator=torch.Generator().manual_seed(seed)).to(kernel_device)
+        results = {}
+        for path, is_whole, is_bf16 in (("whole", True, True), ("composed", False, True), ("fp32", False, False)):
+            whole(is_whole)
+            with torch.autocast(kernel_device, torch.bfloat16, enabled=is_bf16):
+                results[path] = learn(block, residual, hidden_dtype=torch.bfloat16, recompute=True)
+        for name, expected in results["fp32"].items():
+            found, composed = results["whole"][name], results["composed"][name]
+            if expected is not None:
+                assert found.dtype == composed.dtype, name
+                errors = (m.double() - expected.double() for m in (found, composed))
+                squares[name] += torch.tensor([m.square().sum().item() for m in (*errors, expected.double())])
+    for name, (error, other, expected) in ((name, sums.sqrt().tolist()) for name, sums in squares.items()):
+        assert error <= 1.5 * other + 2e-3 * expected, f"{name}: {error}, composed {other}"
 
 
 def test_dropout_is_the_same_backwards(kernel_device, whole, monkeypatch):

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 
 def test_kernels_in_the_interpreter():
     files = sorted(
-        path for path in FOLDER.parent.glob("*/test_triton_*.py") if path.stem not in ("test_triton_interpreter", "test_triton_compiles")
+        path for path in FOLDER.parent.rglob("test_triton_*.py") if path.stem not in ("test_triton_interpreter", "test_triton_compiles")
     )
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -44,12 +44,13 @@ struct Meeting {  // of a fixed number of threads
 struct Warp {
     Meeting meeting;
     float values[2][32];
+    u32 words[2][32][4];
 };
 
 struct Block {
     std::vector<char> shared;
     std::vector<Warp> warps;
-    Meeting all, named;
+    Meeting all, named, groups[2];
 };
 
 struct Fiber {
@@ -62,8 +63,7 @@ struct Fiber {
 };
 
 struct Copy {
-    char* to;
-    const char* from;
+    std::function<void()> arrive;
     u32 bytes;
     u64* barrier;  // null: a store
     Fiber* sender = nullptr;
@@ -124,6 +124,8 @@ inline emulation::Warp& this_warp() { return emulation::blocks[blockIdx.x].warps
 
 inline void __syncwarp() { emulation::meet(this_warp().meeting, 32); }
 
+inline u64 shared_address(const void* pointer) { return (u64)pointer; }
+
 inline char* dynamic_shared() { return emulation::blocks[blockIdx.x].shared.data(); }
 
 inline void barrier_init(u64* barrier, u32 count) { emulation::barrier(barrier) = {(u16)count, (u16)count, 0, 0}; }
@@ -146,13 +148,20 @@ inline void barrier_wait(u64* barrier, u32 parity) {
 
 inline void bulk_copy(char* to, const char* from, u32 bytes, u64* barrier) {
     std::memset(to, 0xff, bytes);
-    emulation::copies.push_back({to, from, bytes, barrier});
+    emulation::copies.push_back({[=] { std::memcpy(to, from, bytes); }, bytes, barrier});
 }
 
+namespace emulation {
+
+inline void send(std::function<void()> arrive) {
+    self->groups.back()++;
+    copies.push_back({arrive, 0, nullptr, self, self->groups.size() - 1});
+}
+
+}  // namespace emulation
+
 inline void bulk_store(char* to, const char* from, u32 bytes) {
-    std::vector<int>& groups = emulation::self->groups;
-    groups.back()++;
-    emulation::copies.push_back({to, from, bytes, nullptr, emulation::self, groups.size() - 1});
+    emulation::send([=] { std::memcpy(to, from, bytes); });
 }
 
 inline void bulk_commit() { emulation::self->groups.push_back(0); }
@@ -315,7 +324,7 @@ inline bool launch(int grid, int threads, size_t shared, unsigned seed, std::fun
             std::swap(copies[random() % copies.size()], copies.back());
             const Copy copy = copies.back();
             copies.pop_back();
-            std::memcpy(copy.to, copy.from, copy.bytes);
+            copy.arrive();
             if (copy.barrier) {
                 barrier(copy.barrier).bytes -= (int)copy.bytes;
                 settle(barrier(copy.barrier));

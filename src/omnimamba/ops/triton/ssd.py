@@ -9,6 +9,7 @@ it.
 - Long sequences of few rows are cut into spans of several chunks (`num_spans`): all spans but the last are first walked by `span_kernel`,
   without outputs and from an empty state, at once, then all by `forward_kernel`, each from the state at its start. That is the recurrence
   once more, over the spans before it: state <- decay of the span * state + what the span added.
+- On Hopper `ops/cuda/scan.cu` takes the place of `forward_kernel` where it fits the sizes: the same results, twice as fast.
 
 Decays are powers of sums over at most q steps, taken as differences of one cumulative sum of the chunk, which `decay_kernel` computes once
 for both. In fp32 that cancels (`segment_sums`), by less than half precision rounds; for an fp32 x the cumulative sum is fp64 and its
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omnimamba.ops.cuda import scan as hopper
 from omnimamba.ops.triton.decode import LOG2_E, silu
 from omnimamba.ops.triton.launch import FULL_GRID, SPAN_POSITIONS, launch, launch_for, tile
 from omnimamba.ops.triton.ssd_backward import scan_backward
@@ -202,16 +204,22 @@ def scan_forward(
     y = torch.empty((b, l, h, p), dtype=x.dtype, device=x.device)
     final = torch.empty((b, h, p, n), dtype=torch.float32, device=x.device)
     spans = num_spans(b * h, l) if spans is None else spans
-    tile_p = split_headdim(2 * b * h, p) if spans == 1 else tile(p)  # halves of heads only where all of them run at once
+    is_for_hopper = hopper.fits(x, B, C) if gate is None else hopper.fits(x, B, C, gate.z) and gate.weight.dtype == x.dtype
+    # halves of heads only where all of them run at once
+    tile_p = split_headdim(2 * b * h, p) if spans == 1 and not is_for_hopper else tile(p)
     choice = launch_for(x, "ssd_forward", n)
     # On an H100, Triton 3.6 gives wrong outputs where the products of one loop have 64 rows (a chunk) and 32 (a part of headdim).
     choice = choice._replace(rows=min(choice.rows, tile_p))
-    q = chunk_rows(choice, l)
+    q = hopper.CHUNK if is_for_hopper else chunk_rows(choice, l)
     span = triton.cdiv(l, spans * q) * q
     spans, tiles_p = triton.cdiv(l, span), triton.cdiv(p, tile_p)
     decay = chunk_decays(dt, A, q, torch.float64 if x.dtype == torch.float32 else torch.float32)
     added, decays = walk_spans(x, *decay, B, span, spans - 1, choice.rows) if spans > 1 else (final, final)
     squares = None if gate is None else torch.empty((b, l, h * tiles_p), dtype=torch.float32, device=x.device)
+    if is_for_hopper:
+        gating = {} if gate is None else {"z": gate.z, "weight": gate.weight, "squares": squares}
+        hopper.scan(x, *decay, B, C, D, initial, hopper.Spans(span, added, decays), y, final, **gating)
+        return Scanned(y, final, squares)
     z, weight, sums = (y, y, final) if squares is None or gate is None else (*gate, squares)
     forward_kernel[b * h, tiles_p, spans](
         x, *decay, B, C, D, final if initial is None else initial, added, decays, z, weight, sums, y, final,

@@ -9,6 +9,7 @@
   B and C over its heads in registers. The (q, q) matrices of both are [s, t], from position s to position t: as first factors of products
   they need not leave the registers.
 - What else the two find is one number per position; `steps_kernel` makes the gradients of dt, A and D of it.
+- On Hopper `ops/cuda/scan_states.cu` takes the place of `states_kernel`, and `scan_gradients.cu` that of the other two, where they fit.
 
 Partial sums over heads, rows and chunks are added by torch in a fixed order, not by atomics: gradients are the same in every run.
 """
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omnimamba.ops.cuda import scan as hopper
 from omnimamba.ops.triton.decode import softplus_slope
 from omnimamba.ops.triton.launch import launch_for, tile
 from omnimamba.ops.triton.ssd_tiles import (
@@ -276,37 +278,60 @@ def scan_backward(
     """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
+    is_for_hopper = hopper.fits(x, B, C, dy, dx, dB, dC)
     choice = launch_for(x, "ssd_backward", n)
-    q = chunk_rows(choice, l)
+    q = hopper.CHUNK if is_for_hopper else chunk_rows(choice, l)
     num_c = triton.cdiv(l, q)
     of_heads = {"H": h, "Q": q, "TILE_H": min(TILE_HEADS, triton.next_power_of_2(h)), "num_warps": 4}
     grid_heads = (triton.cdiv(h, of_heads["TILE_H"]) * b * num_c,)
     decays = torch.empty((b, num_c, h, 6, q), dtype=torch.float32, device=x.device)
     decays_kernel[grid_heads](dt, A, decays, *strides(dt), l, **of_heads)
-    entering, leaving = torch.empty((2, b, num_c, h, p, n), dtype=x.dtype, device=x.device)
-    last, dinitial = torch.empty((2, b, h, p, n), dtype=torch.float32, device=x.device)
-    states_choice = launch_for(x, "ssd_backward_states", n)._replace(rows=q)
-    tile_p = split_headdim(b * h, p)
-    for inputs, first, states, end, is_reverse in ((x, initial, entering, last, False), (dy, dfinal, leaving, dinitial, True)):
-        weights = C if is_reverse else B
-        states_kernel[b * h, triton.cdiv(p, tile_p)](
-            inputs, decays, weights, end if first is None else first, states, end, *strides(inputs, weights), l,
-            HAS_INITIAL=first is not None, REVERSE=is_reverse, **sizes(x, B, states_choice, TILE_P=tile_p),
-        )  # fmt: skip
-
+    states = torch.empty((2, b, num_c, h, p, n), dtype=x.dtype, device=x.device)
+    dinitial = torch.empty((b, h, p, n), dtype=torch.float32, device=x.device)
+    walk = hopper.scan_states if is_for_hopper else walk_states
+    walk(x, dy, B, C, decays, initial, dfinal, *states, dinitial)
     parts = torch.empty((b, num_c, h, 5 * q + 2 * max(q, tile(p))), dtype=torch.float32, device=x.device)
-    inputs_kernel[(b * num_c * h,)](x, B, C, D, dy, leaving, decays, dx, parts, *strides(x, B, C, dy, dx), l, **sizes(x, B, choice))
     splits = head_splits(b * num_c * g, h // g)
-    part_B, part_C = dB, dC
-    if splits > 1:
-        part_B, part_C = torch.empty((2, b, l, g * splits, n), dtype=torch.float32, device=x.device)
-    weights_kernel[(b * num_c * g * splits,)](
-        x, B, C, dy, entering, leaving, decays, parts, part_B, part_C, *strides(x, B, C, dy, part_B, part_C), l,
-        SPLITS=splits, **sizes(x, B, launch_for(x, "ssd_backward_weights", n)._replace(rows=q)),
-    )  # fmt: skip
-    if splits > 1:
-        for whole, part in ((dB, part_B), (dC, part_C)):
+    partial = None if splits == 1 else torch.empty((2, b, l, g * splits, n), dtype=torch.float32, device=x.device)
+    differentiate = hopper.scan_gradients if is_for_hopper else differentiate_chunks
+    differentiate(x, dy, B, C, D, decays, *states, dx, dB, dC, partial, parts)
+    if partial is not None:
+        for whole, part in zip((dB, dC), partial, strict=True):
             whole.copy_(part.unflatten(2, (g, splits)).sum(3))
     sums = torch.empty((3, b, num_c, h), dtype=torch.float32, device=x.device)
     steps_kernel[grid_heads](A, decays, parts, ddt, sums, *ddt.stride()[:2], l, TILE_P=tile(p), IS_SOFTPLUS=is_softplus, **of_heads)
     return sums, dinitial
+
+
+def walk_states(
+    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, decays: Tensor, initial: Tensor | None, dfinal: Tensor | None,
+    entering: Tensor, leaving: Tensor, dinitial: Tensor,
+) -> None:  # fmt: skip
+    """Fills the states that enter chunks, the gradients of those that leave them, [b, chunks, h, p, n], and dinitial [b, h, p, n]."""
+    b, l, h, p = x.shape
+    choice = launch_for(x, "ssd_backward_states", B.shape[3])._replace(rows=decays.shape[4])
+    tile_p = split_headdim(b * h, p)
+    last = torch.empty_like(dinitial)
+    for inputs, first, states, end, is_reverse in ((x, initial, entering, last, False), (dy, dfinal, leaving, dinitial, True)):
+        weights = C if is_reverse else B
+        states_kernel[b * h, triton.cdiv(p, tile_p)](
+            inputs, decays, weights, end if first is None else first, states, end, *strides(inputs, weights), l,
+            HAS_INITIAL=first is not None, REVERSE=is_reverse, **sizes(x, B, choice, TILE_P=tile_p),
+        )  # fmt: skip
+
+
+def differentiate_chunks(
+    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, decays: Tensor, entering: Tensor, leaving: Tensor,
+    dx: Tensor, dB: Tensor, dC: Tensor, partial: Tensor | None, parts: Tensor,
+) -> None:  # fmt: skip
+    """Fills dx, parts, and partial [2, b, l, g * splits, n] or, if that is None, dB and dC."""
+    b, num_c, h, _, q = decays.shape
+    l, (g, n) = x.shape[1], B.shape[2:]
+    choice = launch_for(x, "ssd_backward", n)
+    inputs_kernel[(b * num_c * h,)](x, B, C, D, dy, leaving, decays, dx, parts, *strides(x, B, C, dy, dx), l, **sizes(x, B, choice))
+    part_B, part_C = (dB, dC) if partial is None else partial
+    splits = part_B.shape[2] // g
+    weights_kernel[(b * num_c * g * splits,)](
+        x, B, C, dy, entering, leaving, decays, parts, part_B, part_C, *strides(x, B, C, dy, part_B, part_C), l,
+        SPLITS=splits, **sizes(x, B, launch_for(x, "ssd_backward_weights", n)._replace(rows=q)),
+    )  # fmt: skip
