@@ -137,7 +137,7 @@ def test_training_1_3b_on_a_smaller_card(kernels):
 def test_fp32(kernels):
     for size in ("nano", "one row of 1.3b"):
         run_all(**SIZES[size], dtype=torch.float32, has_state=False)
-    assert all(kernel.spilled for kernel in kernels)
+    assert all(kernel.spilled for kernel in kernels if kernel.kernel.__name__ != "add_up_kernel")  # chunks are short, and many
 
 
 def test_sizes_smaller_than_a_tile(kernels):

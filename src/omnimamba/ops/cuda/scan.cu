@@ -12,7 +12,7 @@ constexpr int NUM_STAGES = 2;
 constexpr int THREADS = (HEADS + 1) * GROUP;
 
 struct Arguments {
-    TensorMap x, B, C, z;    // x, z: [b, l, h * HEADDIM]; B, C: [b, l, g * D_STATE]
+    TensorMap x, B, C, z, y;  // x, z, y: [b, l, h * HEADDIM], y in boxes of 16 positions; B, C: [b, l, g * D_STATE]
     const float* log_decay;  // [b, h, padded], see `chunk_decays`
     const float* log_input;
     const float* D;        // [h]
@@ -20,7 +20,6 @@ struct Arguments {
     const float* added;    // [spans - 1, b, h, HEADDIM, D_STATE], what all spans but the last add to the state
     const float* decays;   // [spans - 1, b, h]
     const u16* weight;     // [h * HEADDIM], of the gated norm
-    u16* y;                // [b, l, h, HEADDIM]
     float* squares;        // [b, l, h]
     float* final;          // [b, h, HEADDIM, D_STATE]
     int b, h, l, span, spans, padded, heads_per_group;
@@ -158,9 +157,7 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
         u32 weights[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) weights[i] = GATED ? *(const u32*)(arguments.weight + head * HEADDIM + 8 * i + first_column()) : 0;
-        const long long first = (long long)walk.row * arguments.l + walk.first;
-        u16* y_at = arguments.y + (first * arguments.h + head) * HEADDIM + lane % 8 * 8;
-        float* squares_at = arguments.squares + first * arguments.h + head;
+        float* squares_at = arguments.squares + ((long long)walk.row * arguments.l + walk.first) * arguments.h + head;
         int left = arguments.l - walk.first;
         State state;
         start(arguments, walk, head, state);
@@ -223,6 +220,8 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
                 }
             }
             products_wait<1>(y);
+            if (lane == 0) bulk_wait_read<0>();  // the warp's rows of the chunk before
+            __syncwarp();
             float squares[2] = {0, 0};
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -246,17 +245,12 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
                 }
                 squares_at += Q * arguments.h;
             }
+            visible_to_copies();
             __syncwarp();
-            uint4 eights[4];  // of the warp's rows, four at once
-#pragma unroll
-            for (int i = 0; i < 4; i++) eights[i] = *(const uint4*)(out + swizzled(warp * 16 + 4 * i + lane / 8, lane % 8));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int position = warp * 16 + 4 * i + lane / 8;
-                if (position < left) *(uint4*)(y_at + position * arguments.h * HEADDIM) = eights[i];
+            if (lane == 0) {
+                box_store(arguments.y, head * HEADDIM, walk.first + chunk * Q + 16 * warp, walk.row, out + 16 * warp * ROW);
+                bulk_commit();
             }
-            y_at += (long long)Q * arguments.h * HEADDIM;
-            __syncwarp();
             products_wait<0>(state);
             if (lane == 0) barrier_arrive(&shared.empty[num % NUM_STAGES]);
         }
@@ -265,6 +259,7 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
             each_pair([&](int i, int place) { *(float2*)(final + place) = make_float2(state[i], state[i + 1]); });
         }
     }
+    if (lane == 0) bulk_wait_all();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const __grid_constant__ Arguments arguments) {

@@ -40,8 +40,8 @@ def structure(maps: Sequence[str], pointers: Sequence[str], strides: Sequence[st
 
 # as in the sources
 ForwardArguments = structure(
-    ("x", "B", "C", "z"),
-    ("log_decay", "log_input", "D", "initial", "added", "decays", "weight", "y", "squares", "final"),
+    ("x", "B", "C", "z", "y"),
+    ("log_decay", "log_input", "D", "initial", "added", "decays", "weight", "squares", "final"),
     (),
     ("b", "h", "l", "span", "spans", "padded", "heads_per_group"),
 )
@@ -49,9 +49,9 @@ StatesArguments = structure(
     ("x", "dy", "B", "C", "entering", "leaving"), ("decays", "initial", "dfinal", "dinitial"), (), ("b", "h", "l", "heads_per_group")
 )
 GradientsArguments = structure(
-    ("x", "dy", "B", "C", "entering", "leaving"),
-    ("decays", "D", "dx", "dB", "dC", "part_B", "part_C", "parts"),
-    ("dx_row", "dx_position", "dB_row", "dB_position", "dC_row", "dC_position"),
+    ("x", "dy", "B", "C", "entering", "leaving", "dx"),
+    ("decays", "D", "dB", "dC", "part_B", "part_C", "parts"),
+    ("dB_row", "dB_position", "dC_row", "dC_position"),
     ("b", "h", "l", "groups", "splits"),
 )
 
@@ -76,9 +76,9 @@ def tensor_map(tensor: Tensor, positions: int = 64) -> TensorMap:
     return TensorMap.from_buffer_copy(ctypes.string_at(address, 128))
 
 
-def maps_of(*tensors: Tensor, dealt: Sequence[Tensor] = ()) -> list[TensorMap]:
-    """Of [b, l, heads or groups, channels]; those of `dealt` are copied eight positions at a time."""
-    return [tensor_map(tensor.flatten(2), 8 if any(tensor is other for other in dealt) else 64) for tensor in tensors]
+def maps_of(*tensors: Tensor, positions: int = 64) -> list[TensorMap]:
+    """Of [b, l, heads or groups, channels]."""
+    return [tensor_map(tensor.flatten(2), positions) for tensor in tensors]
 
 
 def pointers_of(*tensors: Tensor | None) -> list[int | None]:
@@ -143,8 +143,8 @@ def scan(
     of z [b, l, h, p] and the norm's weight [h * p]. All but x, B, C and z are dense."""
     b, l, h, _ = x.shape
     g, n = B.shape[2:]
-    maps = maps_of(x, B, C, x if z is None else z)
-    pointers = pointers_of(log_decay, log_input, D, initial, spans.added, spans.decays, weight, y, squares, final)
+    maps = [*maps_of(x, B, C, x if z is None else z), *maps_of(y, positions=16)]
+    pointers = pointers_of(log_decay, log_input, D, initial, spans.added, spans.decays, weight, squares, final)
     num_spans = -(-l // spans.length)
     arguments = ForwardArguments(*maps, *pointers, b, h, l, spans.length, num_spans, log_decay.shape[2], h // g)
     launch("scan", arguments, b * h // HEADS * num_spans, x.device, n, GATED=int(z is not None))
@@ -170,10 +170,11 @@ def scan_gradients(
     that, dB and dC."""
     b, l, h, _ = x.shape
     g, n = B.shape[2:]
-    maps = [*maps_of(x, dy, B, C, dealt=(x, B)), *(tensor_map(states.view(1, -1, n)) for states in (entering, leaving))]
+    (of_x, of_B, of_dx), (of_dy, of_C) = maps_of(x, B, dx, positions=8), maps_of(dy, C)
+    maps = [of_x, of_dy, of_B, of_C, *(tensor_map(states.view(1, -1, n)) for states in (entering, leaving)), of_dx]
     part_B, part_C = (None, None) if partial is None else partial
-    pointers = pointers_of(decays, D, dx, dB, dC, part_B, part_C, parts)
-    strides = [stride for tensor in (dx, dB, dC) for stride in tensor.stride()[:2]]
+    pointers = pointers_of(decays, D, dB, dC, part_B, part_C, parts)
+    strides = [stride for tensor in (dB, dC) for stride in tensor.stride()[:2]]
     splits = 1 if partial is None else partial.shape[3] // g
     arguments = GradientsArguments(*maps, *pointers, *strides, b, h, l, g, splits)
     launch("scan_gradients", arguments, b * -(-l // CHUNK) * g * splits, x.device, n)

@@ -16,13 +16,13 @@ struct Arguments {
     TensorMap x, dy;              // [b, l, h * HEADDIM], x in boxes of eight positions
     TensorMap B, C;               // [b, l, g * D_STATE], B too
     TensorMap entering, leaving;  // [1, b * chunks * h * HEADDIM, D_STATE]
+    TensorMap dx;                 // as x
     const float* decays;          // [b, chunks, h, 6, Q], see `decays_kernel`
     const float* D;               // [h]
-    u16* dx;                      // [b, l, h * HEADDIM]
     u16 *dB, *dC;                 // [b, l, g * D_STATE], if splits is 1
     float *part_B, *part_C;       // [b, l, g * splits, D_STATE] otherwise
     float* parts;                 // [b, chunks, h, PART]
-    long long dx_row, dx_position, dB_row, dB_position, dC_row, dC_position;  // numbers from one to the next
+    long long dB_row, dB_position, dC_row, dC_position;  // numbers from one to the next
     int b, h, l, groups, splits;  // splits: blocks that share the heads of a group
 };
 
@@ -169,8 +169,6 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
 #pragma unroll 1
     for (Task task(arguments, blockIdx.x); task.is_one(arguments); task = task.next(arguments), num_chunks++) {
         const u64 B = tile_at(shared.chunk.B()), C = tile_at(shared.chunk.C());
-        const int left = arguments.l - task.chunk * Q;
-        u16* dx_at = arguments.dx + task.row * arguments.dx_row + task.chunk * Q * arguments.dx_position + lane % 8 * 8;
         barrier_wait(&shared.chunk_full, num_chunks & 1);
         float BC[32], dBC[32];
         products_begin();
@@ -225,6 +223,8 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
             for (int k = 0; k < 4; k++) multiply(dxdt, factors[k], along_columns(dy, 16 * k));
             products_end();
             products_wait<0>(dxdt);
+            if (lane == 0) bulk_wait_read<0>();  // the warp's rows of the head before
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 const int half = i % 2;
@@ -232,14 +232,14 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
                 const float first = fmaf(dxdt[2 * i], dt[half], two.x * skip), second = fmaf(dxdt[2 * i + 1], dt[half], two.y * skip);
                 *pair_at(shared.dx, i / 2, half) = pack_bf16(first, second);
             }
+            visible_to_copies();
             __syncwarp();
-            uint4 eights[4];  // of the warp's rows, four at once
-#pragma unroll
-            for (int i = 0; i < 4; i++) eights[i] = *(const uint4*)(shared.dx + swizzled(warp * 16 + 4 * i + lane / 8, lane % 8));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int position = 8 * (i / 2 ? 7 - warp : warp) + i % 2 * 4 + lane / 8;
-                if (position < left) *(uint4*)(dx_at + position * arguments.dx_position + head * HEADDIM) = eights[i];
+            if (lane == 0) {
+                for (int half = 0; half < 2; half++) {
+                    const int eight = 2 * warp + half, position = task.chunk * Q + 8 * dealt_eight(eight);
+                    box_store(arguments.dx, head * HEADDIM, position, task.row, shared.dx + 8 * eight * ROW);
+                }
+                bulk_commit();
             }
             float* part = arguments.parts + task.place(arguments, head) * PART;
 #pragma unroll
@@ -263,6 +263,7 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
             barrier_arrive(&shared.chunk_empty);
         }
     }
+    if (lane == 0) bulk_wait_all();
 }
 
 // ---- the gradients of B and C

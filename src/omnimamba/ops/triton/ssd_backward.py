@@ -11,7 +11,7 @@
 - What else the two find is one number per position; `steps_kernel` makes the gradients of dt, A and D of it.
 - On Hopper `ops/cuda/scan_states.cu` takes the place of `states_kernel`, and `scan_gradients.cu` that of the other two, where they fit.
 
-Partial sums over heads, rows and chunks are added by torch in a fixed order, not by atomics: gradients are the same in every run.
+Partial sums over heads, rows and chunks are added in a fixed order, not by atomics: gradients are the same in every run.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -40,6 +40,7 @@ from omnimamba.ops.triton.ssd_tiles import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TILE_HEADS = 16  # of the kernels whose tiles are positions of several heads
+ROWS = 8  # that a program of `add_up_kernel` adds up
 
 
 @triton.jit
@@ -267,6 +268,28 @@ def steps_kernel(
     tl.store(p_sums + 2 * sums_size, tl.sum(tl.where(m_ddt, b_ddt, 0.0), 1), mask=m_h)
 
 
+@triton.jit(do_not_specialize=["l", "rows"])
+def add_up_kernel(
+    partial, dB, dC, dB_b, dB_l, dB_g, dC_b, dC_l, dC_g, l, rows,
+    G: tl.constexpr, SPLITS: tl.constexpr, N: tl.constexpr, TILE_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of B, or of C, of ROWS rows and groups. partial: [2, rows, splits, n]; rows: b * l * g."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_n = tl.arange(0, TILE_N)
+    mask = (o_row < rows)[:, None] & (o_n < N)[None, :]
+    p_part = partial + ((tl.program_id(1) * rows.to(tl.int64) + o_row) * (SPLITS * N))[:, None] + o_n[None, :]
+    b_sum = tl.zeros((ROWS, TILE_N), tl.float32)
+    for i in range(SPLITS):
+        b_sum += tl.load(p_part + i * N, mask=mask, other=0.0)
+    i_b, i_l, i_g = o_row // G // l, o_row // G % l, o_row % G
+    if tl.program_id(1) == 0:
+        p_out = dB + (i_b * dB_b + i_l * dB_l + i_g * dB_g)[:, None] + o_n[None, :]
+        tl.store(p_out, b_sum.to(dB.dtype.element_ty), mask=mask)
+    else:
+        p_out = dC + (i_b * dC_b + i_l * dC_l + i_g * dC_g)[:, None] + o_n[None, :]
+        tl.store(p_out, b_sum.to(dC.dtype.element_ty), mask=mask)
+
+
 def scan_backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor | None, dy: Tensor, dfinal: Tensor | None,
     dx: Tensor, ddt: Tensor, dB: Tensor, dC: Tensor, *, is_softplus: bool = False,
@@ -296,8 +319,10 @@ def scan_backward(
     differentiate = hopper.scan_gradients if is_for_hopper else differentiate_chunks
     differentiate(x, dy, B, C, D, decays, *states, dx, dB, dC, partial, parts)
     if partial is not None:
-        for whole, part in zip((dB, dC), partial, strict=True):
-            whole.copy_(part.unflatten(2, (g, splits)).sum(3))
+        rows = b * l * g
+        add_up_kernel[triton.cdiv(rows, ROWS), 2](
+            partial, dB, dC, *strides(dB, dC), l, rows, G=g, SPLITS=splits, N=n, TILE_N=triton.next_power_of_2(n), ROWS=ROWS, num_warps=4
+        )
     sums = torch.empty((3, b, num_c, h), dtype=torch.float32, device=x.device)
     steps_kernel[grid_heads](A, decays, parts, ddt, sums, *ddt.stride()[:2], l, TILE_P=tile(p), IS_SOFTPLUS=is_softplus, **of_heads)
     return sums, dinitial
