@@ -27,6 +27,7 @@ def launched(request, kernel_device, emulated, monkeypatch) -> set[str]:
     """The kernels that were launched. The parameter seeds the order in which emulated threads go on."""
     names = set()
     launch = hopper.launch
+    monkeypatch.setattr(hopper, "MIN_POSITIONS", 1)
 
     def emulate(name, arguments, blocks, device, d_state, **defines) -> None:
         names.add(name)
@@ -136,6 +137,7 @@ def test_what_it_leaves_to_others(monkeypatch):
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     x, B = torch.zeros(2, 70, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 70, 2, 64, dtype=torch.bfloat16)
     assert hopper.fits(x, B, B)
+    assert not hopper.fits(x[:, :63], B[:, :63], B[:, :63]), "few positions"
     assert not hopper.fits(x.float(), B, B) and not hopper.fits(x.half(), B, B)
     assert not hopper.fits(x[..., :32], B, B), "headdim"
     assert not hopper.fits(x, B[..., :32], B[..., :32]), "d_state"

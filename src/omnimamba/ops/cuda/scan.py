@@ -21,6 +21,8 @@ CHUNK = 64  # positions
 HEADDIM = 64
 HEADS = 2  # that a block walks through at once
 THREADS = 3 * 128  # two warpgroups compute, one copies
+MIN_POSITIONS = 128
+"""Of all rows; fewer leave most multiprocessors without a block, where Triton's kernels split heads."""
 
 
 class TensorMap(ctypes.Structure):
@@ -94,7 +96,8 @@ def is_hopper(device: torch.device) -> bool:
 def fits(x: Tensor, B: Tensor, C: Tensor, *others: Tensor) -> bool:
     """Whether the kernels can take these: x and others like it [b, l, h, p], B and C and others like them [b, l, g, n]."""
     return (
-        x.shape[3] == HEADDIM
+        x.shape[0] * x.shape[1] >= MIN_POSITIONS
+        and x.shape[3] == HEADDIM
         and B.shape[3] in (64, 128)
         and x.shape[2] // B.shape[2] % HEADS == 0
         and all(is_laid_out(tensor) for tensor in (x, B, C, *others))
