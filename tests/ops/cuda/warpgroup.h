@@ -1,5 +1,5 @@
-// What warpgroup.cuh does on a GPU, on a CPU. A product is there at once, so that one which is read too early does not show; what it is of must
-// be there.
+// What warpgroup.cuh does on a GPU, on a CPU. A product is there at once, so that one which is read too early does not show; what it is of
+// must be there.
 
 #include "emulation.h"
 

@@ -6,8 +6,8 @@
 // and no warp waits for another's. What a channel needs beside its state other warps make, a chunk of channels ahead (`Channel`).
 //
 // The tiles of all rows that are not padding are dealt to blocks a chunk at a time where there are many, so that all blocks go through
-// memory side by side: 1.5 % faster than a contiguous part for each. The first states travel before the kernels before this one have ended, whose results only the
-// preparing warps read.
+// memory side by side: 1.5 % faster than a contiguous part for each. The first states travel before the kernels before this one have ended,
+// whose results only the preparing warps read.
 //
 // The definitions are `Mamba2Backbone.step` and what it calls. Activations are bf16 outside of this kernel and fp32 in it. B and C enter
 // the convolution's state in a later kernel, for all blocks of a row read it.
@@ -81,7 +81,8 @@ struct Deal {
     int rest;             // where its part of the rest begins
 
     __device__ explicit Deal(int num_rows) {
-        const long long tiles = (long long)num_rows * ROW_TILES, full = tiles / CHUNK_TILES / gridDim.x, rounds = full < MIN_ROUNDS ? 0 : full;
+        const long long tiles = (long long)num_rows * ROW_TILES, full = tiles / CHUNK_TILES / gridDim.x;
+        const long long rounds = full < MIN_ROUNDS ? 0 : full;
         const long long before = rounds * CHUNK_TILES * gridDim.x, left = tiles - before;
         in_rounds = (int)rounds * CHUNK_TILES;
         rest = (int)(before + left * blockIdx.x / gridDim.x);

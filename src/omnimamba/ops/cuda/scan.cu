@@ -2,8 +2,8 @@
 // Hopper. The definition is `plain_ssd_chunk_scan` in ops/ssd.py.
 //
 // A block has two heads at a time, one for each of two warpgroups, which share B and C, and goes through their chunks with the state in
-// registers. Its last warpgroup does nothing but copy tiles of the chunks ahead to shared memory. With a gate, y is multiplied by silu(z) and the
-// norm's weight on its way out, and the sums of its squares are kept.
+// registers. One thread of a third warpgroup copies tiles of the chunks ahead to shared memory. With a gate, y is multiplied by silu(z) and
+// the norm's weight on its way out, and the sums of its squares are kept.
 //
 // The including code defines D_STATE (64 or 128) and GATED.
 
@@ -13,15 +13,15 @@ constexpr int THREADS = (HEADS + 1) * GROUP;
 
 struct Arguments {
     TensorMap x, B, C, z, y;  // x, z, y: [b, l, h * HEADDIM], y in boxes of 16 positions; B, C: [b, l, g * D_STATE]
-    const float* log_decay;  // [b, h, padded], see `chunk_decays`
-    const float* log_input;
-    const float* D;        // [h]
-    const float* initial;  // [b, h, HEADDIM, D_STATE], or null
-    const float* added;    // [spans - 1, b, h, HEADDIM, D_STATE], what all spans but the last add to the state
-    const float* decays;   // [spans - 1, b, h]
-    const u16* weight;     // [h * HEADDIM], of the gated norm
-    float* squares;        // [b, l, h]
-    float* final;          // [b, h, HEADDIM, D_STATE]
+    const float* log_decay;   // [b, h, padded], see `chunk_decays`
+    const float* log_input;   // the same
+    const float* D;           // [h]
+    const float* initial;     // [b, h, HEADDIM, D_STATE], or null
+    const float* added;       // [spans - 1, b, h, HEADDIM, D_STATE], what all spans but the last add to the state
+    const float* decays;      // [spans - 1, b, h]
+    const u16* weight;        // [h * HEADDIM], of the gated norm
+    float* squares;           // [b, l, h]
+    float* final;             // [b, h, HEADDIM, D_STATE]
     int b, h, l, span, spans, padded, heads_per_group;
 };
 
@@ -37,7 +37,7 @@ struct Stage {
 
 struct Shared {
     Stage stages[NUM_STAGES];
-    char y[HEADS][BOX];  // on its way out
+    char y[HEADS][BOX];                  // on its way out
     char states[2][HEADS][BOXES * BOX];  // of two chunks in turn, [p, n] in bf16
     u64 full[NUM_STAGES], empty[NUM_STAGES];
 };
@@ -63,8 +63,7 @@ struct Walk {
     __device__ __forceinline__ Walk next(const Arguments& arguments) const { return {arguments, index + (int)gridDim.x}; }
 };
 
-__device__ void bring_chunks(const Arguments& arguments, Shared& shared) {
-    constexpr u32 BYTES = sizeof(Stage);
+__device__ void bring(const Arguments& arguments, Shared& shared) {
     u32 num = 0;
     for (Walk walk(arguments, blockIdx.x); walk.is_one(arguments); walk = walk.next(arguments)) {
         const int group = walk.head / arguments.heads_per_group;
@@ -73,7 +72,7 @@ __device__ void bring_chunks(const Arguments& arguments, Shared& shared) {
             Stage& stage = shared.stages[num % NUM_STAGES];
             u64* full = &shared.full[num % NUM_STAGES];
             if (lap > 0) barrier_wait(&shared.empty[num % NUM_STAGES], lap - 1 & 1);
-            barrier_expect(full, BYTES);
+            barrier_expect(full, sizeof(Stage));
             for (int i = 0; i < BOXES; i++) {
                 box_copy(stage.C(i), arguments.C, group * D_STATE + i * 64, position, walk.row, full);
                 box_copy(stage.B(i), arguments.B, group * D_STATE + i * 64, position, walk.row, full);
@@ -184,7 +183,9 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
             u32 added[4][4], factors[4][4], z[8][2];
             float2 worth[8];  // of each input at the chunk's end
 #pragma unroll
-            for (int i = 0; i < 8; i++) worth[i] = make_float2(exp2_of(logs.total + logs.inputs[i].x), exp2_of(logs.total + logs.inputs[i].y));
+            for (int i = 0; i < 8; i++) {
+                worth[i] = make_float2(exp2_of(logs.total + logs.inputs[i].x), exp2_of(logs.total + logs.inputs[i].y));
+            }
             scaled_columns(stage.x(group), worth, added);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -271,6 +272,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const __grid_const
         walk_chunks(arguments, shared);
     } else {
         leave_registers<40>();
-        if (threadIdx.x == HEADS * GROUP) bring_chunks(arguments, shared);
+        if (threadIdx.x == HEADS * GROUP) bring(arguments, shared);
     }
 }

@@ -5,7 +5,8 @@
 // another sums up those of B and C themselves, to which in the end the first one's sum is added, and finds what the decays inside of the
 // chunk contribute, a tile that the first one has made. One thread of a third copies what the next heads need to shared memory.
 //
-// Matrices of a chunk are [s, t], from position s to position t, with the rows of tiles of s dealt to warps (scan.cuh). The including code defines D_STATE (64 or 128).
+// Matrices of a chunk are [s, t], from position s to position t; rows of tiles of s are dealt to warps (scan.cuh). The including code
+// defines D_STATE (64 or 128).
 
 constexpr int NUM_STAGES = 3;
 constexpr int THREADS = 3 * GROUP;
@@ -275,9 +276,7 @@ __device__ __forceinline__ void scaled_rows(const char* tile, const float (&scal
     for (int k = 0; k < 4; k++) {
         load_matrices(factors[k], tile + swizzled(row, 2 * k + lane / 16));
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            factors[k][i] = times(factors[k][i], scale[i % 2], scale[i % 2]);
-        }
+        for (int i = 0; i < 4; i++) factors[k][i] = times(factors[k][i], scale[i % 2], scale[i % 2]);
     }
 }
 
@@ -288,8 +287,11 @@ __device__ __forceinline__ float inner_product(const char* one, const char* othe
     for (int i = 0; i < BOXES * BOX / 16 / GROUP; i++) {
         const int at = (i * GROUP + threadIdx.x % GROUP) * 16;
         const uint4 a = *(const uint4*)(one + at), b = *(const uint4*)(other + at);
-        const float2 two = unpack_bf16(multiply_add_bf16(a.x, b.x, multiply_add_bf16(a.y, b.y, multiply_add_bf16(a.z, b.z, multiply_add_bf16(a.w, b.w, 0)))));
-        sums.x += two.x, sums.y += two.y;
+        u32 pair = multiply_add_bf16(a.w, b.w, 0);
+        pair = multiply_add_bf16(a.z, b.z, pair);
+        pair = multiply_add_bf16(a.y, b.y, pair);
+        pair = multiply_add_bf16(a.x, b.x, pair);
+        sums.x += unpack_bf16(pair).x, sums.y += unpack_bf16(pair).y;
     }
     return sums.x + sums.y;
 }

@@ -73,11 +73,14 @@ __device__ void bring(const Arguments& arguments, Shared& shared) {
             u64* full = &shared.full[num % NUM_STAGES];
             if (lap > 0) barrier_wait(&shared.empty[num % NUM_STAGES], lap - 1 & 1);
             barrier_expect(full, BYTES);
-            for (int i = 0; i < BOXES; i++) box_copy(stage.B(i), arguments.B[walk.direction], group * D_STATE + 64 * i, chunk * Q, walk.row, full);
+            for (int i = 0; i < BOXES; i++) {
+                box_copy(stage.B(i), arguments.B[walk.direction], group * D_STATE + 64 * i, chunk * Q, walk.row, full);
+            }
             for (int i = 0; i < HEADS; i++) {
                 const float* decays = arguments.decays + walk.place(arguments, chunk, walk.head + i) * 6 * Q;
+                const float* own = decays + (walk.direction == FORWARDS ? 5 : 3) * Q;
                 bulk_copy((char*)stage.scales[i][0], (const char*)(decays + 3 * Q), Q * sizeof(float), full);
-                bulk_copy((char*)stage.scales[i][1], (const char*)(decays + (walk.direction == FORWARDS ? 5 : 3) * Q), Q * sizeof(float), full);
+                bulk_copy((char*)stage.scales[i][1], (const char*)own, Q * sizeof(float), full);
                 box_copy(stage.x(i), arguments.x[walk.direction], (walk.head + i) * HEADDIM, chunk * Q, walk.row, full);
             }
         }

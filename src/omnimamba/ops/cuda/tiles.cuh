@@ -4,11 +4,12 @@
 // (`swizzled`), so that columns are read without conflicts; copies of boxes write them so.
 //
 // A lane has of a product [64, n], of each eight columns, four sums: two neighbours (`first_column`) of row `first_row`, then of the row
-// eight further. Of a factor [64, 16] in registers it has the pairs at the same places: of columns 0 to 7 both rows, then of columns 8 to 15.
+// eight further. Of a factor [64, 16] in registers it has the pairs at the same places: of columns 0 to 7 both rows, then of columns 8 to
+// 15.
 
-constexpr int GROUP = 128;       // threads
-constexpr int ROW = 128;         // bytes of a box's row
-constexpr int BOX = 64 * ROW;    // bytes
+constexpr int GROUP = 128;     // threads
+constexpr int ROW = 128;       // bytes of a box's row
+constexpr int BOX = 64 * ROW;  // bytes
 
 __device__ __forceinline__ int swizzled(int row, int unit) { return row * ROW + ((unit ^ (row & 7)) << 4); }
 

@@ -1,5 +1,5 @@
-// What only Hopper has, as functions: matrix products of a warpgroup on the tensor cores, of bf16 with sums in fp32, and copies of boxes of a
-// tensor. tests/ops/cuda/warpgroup.h defines the same for a CPU.
+// What only Hopper has, as functions: matrix products of a warpgroup on the tensor cores, of bf16 with sums in fp32, and copies of boxes of
+// a tensor. tests/ops/cuda/warpgroup.h defines the same for a CPU.
 
 // How products name a tile in shared memory.
 __device__ __forceinline__ u64 tile_at(const char* from) {
@@ -24,7 +24,8 @@ __device__ __forceinline__ void products_wait(float (&sums)[size]) {
     for (int i = 0; i < size; i++) asm volatile("" : "+f"(sums[i])::"memory");  // not read any earlier
 }
 
-#define SUMS_8(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
 #define SUMS_32(i) SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24)
 #define NAMES_32                                                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
