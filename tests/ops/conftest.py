@@ -83,6 +83,27 @@ def fixture_of_assert_near() -> Callable[..., None]:
     return assert_near
 
 
+@pytest.fixture(name="inputs")
+def fixture_of_scan_inputs() -> Callable[..., dict[str, Tensor]]:
+    return scan_inputs
+
+
+def scan_inputs(
+    device: str | torch.device, dtype: torch.dtype, b: int, l: int, *, h: int = 4, p: int = 32, g: int = 1, n: int = 16,
+    has_initial: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Step sizes and decays as a mixer starts from, and some ten times larger; x first, whose dtype is the products'."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (b, l, h, p), "B": (b, l, g, n), "C": (b, l, g, n)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors["dt"] = torch.rand((b, l, h), generator=generator).pow(3)
+    tensors["A"] = -(1 + 15 * torch.rand(h, generator=generator))
+    tensors["D"] = torch.randn(h, generator=generator)
+    if has_initial:
+        tensors["initial_state"] = torch.randn((b, h, p, n), generator=generator)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def compare_ops(kernel: Callable, plain: Callable, tensors: dict[str, Tensor], *, plain_dtype: torch.dtype = torch.float32) -> None:
     """Outputs and gradients of two functions of the same named tensors, `plain` in `plain_dtype`.
 

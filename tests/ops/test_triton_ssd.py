@@ -13,48 +13,35 @@ from omnimamba.ops.triton.launch import LAUNCHES
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def inputs(device, dtype, b, l, *, h=4, p=32, g=1, n=16, has_initial=True):
-    """Step sizes and decays as a mixer starts from, and some ten times larger; x first, whose dtype is the products'."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (b, l, h, p), "B": (b, l, g, n), "C": (b, l, g, n)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    tensors["dt"] = torch.rand((b, l, h), generator=generator).pow(3)
-    tensors["A"] = -(1 + 15 * torch.rand(h, generator=generator))
-    tensors["D"] = torch.randn(h, generator=generator)
-    if has_initial:
-        tensors["initial_state"] = torch.randn((b, h, p, n), generator=generator)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
 def plain(chunk_size=64):
     return lambda **tensors: plain_ssd_chunk_scan(**tensors, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("g", [1, 2])
 @pytest.mark.parametrize("l", [1, 5, 63, 64, 65, 130])
-def test_outputs_and_gradients(kernel_device, compare, l, g):
+def test_outputs_and_gradients(kernel_device, inputs, compare, l, g):
     compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1 if l > 5 else 2, l, h=2 * g, g=g))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("l", [5, 130])
-def test_half_precision(kernel_device, compare, l, dtype):
+def test_half_precision(kernel_device, inputs, compare, l, dtype):
     compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, dtype, 1 if l > 5 else 2, l, g=2))
 
 
 @pytest.mark.parametrize(("p", "n"), [(64, 128), (24, 20), (3, 5)])
-def test_sizes(kernel_device, compare, p, n):
+def test_sizes(kernel_device, inputs, compare, p, n):
     compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1, 37, h=2, p=p, n=n))
 
 
 @pytest.mark.parametrize("chunk_size", [16, 256])
-def test_the_chunk_size_is_only_the_definitions(kernel_device, compare, chunk_size):
+def test_the_chunk_size_is_only_the_definitions(kernel_device, inputs, compare, chunk_size):
     compare(kernel.ssd_chunk_scan, plain(chunk_size), inputs(kernel_device, torch.float32, 1, 70, h=2))
 
 
 @pytest.mark.parametrize("full_grid", [1, 10**6])
 @pytest.mark.parametrize("g", [1, 2])
-def test_heads_of_a_group_in_one_program_and_in_several(kernel_device, compare, monkeypatch, g, full_grid):
+def test_heads_of_a_group_in_one_program_and_in_several(kernel_device, inputs, compare, monkeypatch, g, full_grid):
     monkeypatch.setattr(ssd_tiles, "FULL_GRID", full_grid)
     compare(kernel.ssd_chunk_scan, plain(), inputs(kernel_device, torch.float32, 1, 37, h=4, g=g))
 
@@ -67,24 +54,24 @@ def in_spans(spans):
     ("l", "spans", "has_initial"),
     [(1, 3, True), (16, 2, True), (17, 2, True), (17, 2, False), (70, 2, False), (96, 3, True), (130, 9, False), (130, 9, True)],
 )
-def test_spans(kernel_device, compare, l, spans, has_initial):
+def test_spans(kernel_device, inputs, compare, l, spans, has_initial):
     """Chunks of 16 positions: less than one chunk, spans of one chunk, of several, a last one that is shorter."""
     compare(in_spans(spans), plain(), inputs(kernel_device, torch.float32, 2, l, h=2, p=16, g=2, has_initial=has_initial))
 
 
 @pytest.mark.parametrize("l", [255, 256, 257])
-def test_spans_of_half_precision(kernel_device, compare, l):
+def test_spans_of_half_precision(kernel_device, inputs, compare, l):
     compare(in_spans(4), plain(), inputs(kernel_device, torch.bfloat16, 1, l, h=2, p=24, n=20))
 
 
-def test_a_long_sequence_of_few_heads_is_cut_into_spans(kernel_device):
+def test_a_long_sequence_of_few_heads_is_cut_into_spans(kernel_device, inputs):
     assert kernel.num_spans(1, 513) == 4
     tensors = inputs(kernel_device, torch.float32, 1, 513, h=1, p=16)
     for found, expected in zip(kernel.ssd_chunk_scan(**tensors), in_spans(4)(**tensors), strict=True):
         assert torch.equal(found, expected)
 
 
-def test_spans_of_padding_and_of_zeros(kernel_device, compare):
+def test_spans_of_padding_and_of_zeros(kernel_device, inputs, compare):
     """dt = 0 leaves the state as it is, in a part of a span and in whole ones; with x = 0 nothing is added to it."""
     tensors = inputs(kernel_device, torch.float32, 2, 96, h=2, p=16)
     tensors["dt"][0, 20:] = 0
@@ -114,7 +101,7 @@ def test_number_of_spans(num_walks, l, spans):
 
 
 @pytest.mark.parametrize("used", ["y", "state"])
-def test_without_initial_state_and_with_one_output_used(kernel_device, compare, used):
+def test_without_initial_state_and_with_one_output_used(kernel_device, inputs, compare, used):
     def one(op):
         return lambda **tensors: (op(**tensors)[("y", "state").index(used)],)
 
@@ -130,7 +117,7 @@ def test_without_initial_state_and_with_one_output_used(kernel_device, compare, 
         compare(one(kernel.ssd_chunk_scan), one(plain()), tensors)
 
 
-def test_unequal_lengths(kernel_device):
+def test_unequal_lengths(kernel_device, inputs):
     """dt = 0 in the padding: the state is that after the last valid position."""
     tensors = inputs(kernel_device, torch.float32, 3, 70, h=2)
     lengths = [70, 64, 3]
@@ -146,7 +133,7 @@ def test_unequal_lengths(kernel_device):
         torch.testing.assert_close(state[i : i + 1], alone_state, rtol=1e-5, atol=1e-5)
 
 
-def test_slices_of_one_tensor_and_gradient_of_any_layout(kernel_device, compare):
+def test_slices_of_one_tensor_and_gradient_of_any_layout(kernel_device, inputs, compare):
     def strided(op):
         def run(x, B, C, **others):
             (h, p), (g, n) = x.shape[2:], B.shape[2:]
@@ -161,7 +148,7 @@ def test_slices_of_one_tensor_and_gradient_of_any_layout(kernel_device, compare)
 
 
 @pytest.mark.parametrize(("rows", "spans"), [(16, 1), (64, 1), (16, 4)])
-def test_strong_decays(kernel_device, compare, monkeypatch, rows, spans):
+def test_strong_decays(kernel_device, inputs, compare, monkeypatch, rows, spans):
     """As differences of an fp32 cumulative sum the decays cancel, and the gradient of A is the first to lose its digits."""
     for name in ("ssd_forward_fp32", "ssd_backward_fp32"):
         ((width, choice),) = LAUNCHES[name]
@@ -174,7 +161,7 @@ def test_strong_decays(kernel_device, compare, monkeypatch, rows, spans):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_strong_decays_in_half_precision(kernel_device, assert_near, dtype):
+def test_strong_decays_in_half_precision(kernel_device, inputs, assert_near, dtype):
     """The outputs: there the cumulative sum is fp32."""
     tensors = inputs(kernel_device, dtype, 1, 137, h=2, p=16)
     tensors["A"] = torch.tensor([-0.01, -40.0], device=kernel_device)
@@ -186,7 +173,7 @@ def test_strong_decays_in_half_precision(kernel_device, assert_near, dtype):
 
 
 @pytest.mark.parametrize("spans", [1, 3])
-def test_results_do_not_depend_on_the_run(kernel_device, spans):
+def test_results_do_not_depend_on_the_run(kernel_device, inputs, spans):
     tensors = {name: tensor.requires_grad_() for name, tensor in inputs(kernel_device, torch.float32, 1, 37, h=2).items()}
     runs = []
     for _ in range(2):
@@ -209,7 +196,7 @@ def test_results_do_not_depend_on_the_run(kernel_device, spans):
         (1, 16_384, {"h": 8, "p": 64, "n": 64}),
     ],
 )
-def test_real_sizes(compare, b, l, sizes, dtype):
+def test_real_sizes(inputs, compare, b, l, sizes, dtype):
     compare(kernel.ssd_chunk_scan, plain(), inputs("cuda", dtype, b, l, **sizes))
 
 

@@ -261,6 +261,15 @@ inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
     return result;
 }
 
+inline float exp2_of(float x) { return std::exp2(x); }
+
+inline float reciprocal(float x) { return 1 / x; }
+
+inline u32 multiply_add_bf16(u32 a, u32 b, u32 sum) {
+    const float2 x = unpack_bf16(a), y = unpack_bf16(b), z = unpack_bf16(sum);
+    return pack_bf16(x.x * y.x + z.x, x.y * y.y + z.y);
+}
+
 inline int dot4(u32 a, u32 b, int sum) {
     for (int i = 0; i < 32; i += 8) sum += (signed char)(a >> i) * (signed char)(b >> i);
     return sum;

@@ -55,16 +55,9 @@ def launched(request, kernel_device, emulated, monkeypatch) -> set[str]:
     return names
 
 
-def inputs(device, b, l, *, h=2, g=1, n=64, has_initial=True):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (b, l, h, 64), "B": (b, l, g, n), "C": (b, l, g, n)}
-    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-    tensors["dt"] = torch.rand((b, l, h), generator=generator).pow(3)
-    tensors["A"] = -(1 + 15 * torch.rand(h, generator=generator))
-    tensors["D"] = torch.randn(h, generator=generator)
-    if has_initial:
-        tensors["initial_state"] = torch.randn((b, h, 64, n), generator=generator)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+@pytest.fixture(name="inputs")
+def inputs_that_fit(inputs):
+    return lambda device, b, l, **sizes: inputs(device, torch.bfloat16, b, l, **{"h": 2, "p": 64, "n": 64} | sizes)
 
 
 def plain(**tensors):
@@ -80,19 +73,19 @@ def plain(**tensors):
         (1, 150, {"h": 4, "n": 128}),
     ],
 )
-def test_outputs_and_gradients(launched, kernel_device, compare, b, l, sizes):
+def test_outputs_and_gradients(launched, inputs, kernel_device, compare, b, l, sizes):
     """One position, a whole chunk, one more, several; groups; more walks than blocks."""
     compare(kernel.ssd_chunk_scan, plain, inputs(kernel_device, b, l, **sizes))
     assert launched == LAUNCHES
 
 
-def test_heads_of_a_group_in_several_blocks(launched, kernel_device, compare, monkeypatch):
+def test_heads_of_a_group_in_several_blocks(launched, inputs, kernel_device, compare, monkeypatch):
     monkeypatch.setattr(ssd_backward, "head_splits", lambda num_programs, heads_per_group: 2)
     compare(kernel.ssd_chunk_scan, plain, inputs(kernel_device, 1, 70, h=4))
     assert launched == LAUNCHES
 
 
-def test_slices_of_one_tensor(launched, kernel_device, compare):
+def test_slices_of_one_tensor(launched, inputs, kernel_device, compare):
     def strided(op):
         def run(x, B, C, **others):
             (h, p), (g, n) = x.shape[2:], B.shape[2:]
@@ -107,7 +100,7 @@ def test_slices_of_one_tensor(launched, kernel_device, compare):
 
 
 @pytest.mark.parametrize(("l", "spans"), [(64, 2), (130, 2), (257, 3)])
-def test_spans(launched, kernel_device, assert_near, l, spans):
+def test_spans(launched, inputs, kernel_device, assert_near, l, spans):
     """One span after all; a last one that is shorter; several chunks each. Padding leaves the state as it is."""
     tensors = inputs(kernel_device, 2, l, n=128)
     tensors["dt"][1, l // 2 :] = 0
@@ -119,7 +112,7 @@ def test_spans(launched, kernel_device, assert_near, l, spans):
 
 
 @pytest.mark.parametrize(("l", "n"), [(5, 64), (130, 128)])
-def test_gate(launched, kernel_device, assert_near, l, n):
+def test_gate(launched, inputs, kernel_device, assert_near, l, n):
     """z is a slice of a wider projection; y lacks the division by the root mean square."""
     tensors = inputs(kernel_device, 2, l, h=4, n=n)
     generator = torch.Generator().manual_seed(1)
@@ -149,7 +142,7 @@ def test_what_it_leaves_to_others(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("b", "l", "sizes"), [(3, 329, {"h": 64, "n": 128}), (20, 293, {"h": 8}), (1, 4096, {"h": 64, "n": 128})])
-def test_other_kernels_give_the_same(monkeypatch, assert_near, b, l, sizes):
+def test_other_kernels_give_the_same(inputs, monkeypatch, b, l, sizes):
     """What is rounded alike in both: outputs, states, and gradients but those of dt and A, which are more exact here."""
     device = torch.device("cuda", 0)
     if not hopper.is_hopper(device):

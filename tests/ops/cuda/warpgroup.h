@@ -156,17 +156,8 @@ inline void box_store(const TensorMap& to, int column, int row, int batch, const
 
 inline void group_sync(int group) { emulation::meet(emulation::blocks[blockIdx.x].groups[group], GROUP); }
 
-inline float exp2_of(float x) { return std::exp2(x); }
-
-inline float reciprocal(float x) { return 1 / x; }
-
 template <int num>
 void take_registers() {}
 
 template <int num>
 void leave_registers() {}
-
-inline u32 multiply_add_bf16(u32 a, u32 b, u32 sum) {
-    const float2 x = unpack_bf16(a), y = unpack_bf16(b), z = unpack_bf16(sum);
-    return pack_bf16(x.x * y.x + z.x, x.y * y.y + z.y);
-}

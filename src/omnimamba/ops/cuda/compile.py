@@ -93,11 +93,6 @@ def check_driver(result: int) -> None:
         raise RuntimeError(f"CUDA: {(message.value or b'unknown error').decode()}")
 
 
-def architecture_of(device: torch.device) -> str:
-    """With the instructions that only this generation has."""
-    return "sm_{}{}a".format(*torch.cuda.get_device_capability(device))
-
-
 class LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute, of those attributes whose value is one int."""
 
@@ -122,7 +117,7 @@ class Kernel:
     def __init__(
         self, sources: Sequence[str], name: str, defines: Mapping[str, object], *, shared_bytes: int, device: torch.device
     ) -> None:
-        architecture = architecture_of(device)
+        architecture = "sm_{}{}a".format(*torch.cuda.get_device_capability(device))  # a: what only this generation has, too
         content = repr((OPTIONS, architecture, torch.version.cuda, dict(defines), [(FOLDER / source).read_bytes() for source in sources]))
         cache, file = get_cache_manager(hashlib.sha256(content.encode()).hexdigest()), f"{name}.cubin"
         kept = cache.get_file(file)

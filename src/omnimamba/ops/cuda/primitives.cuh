@@ -153,6 +153,25 @@ __device__ __forceinline__ u32 pack_bf16(float first, float second) {
 
 __device__ __forceinline__ float2 unpack_bf16(u32 pair) { return make_float2(float_of(pair << 16), float_of(pair & 0xffff0000u)); }
 
+__device__ __forceinline__ float exp2_of(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// a b + sum, of two bf16 each.
+__device__ __forceinline__ u32 multiply_add_bf16(u32 a, u32 b, u32 sum) {
+    u32 result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
 // sum + the products of four int8 with four others.
 __device__ __forceinline__ int dot4(u32 a, u32 b, int sum) {
     int result;

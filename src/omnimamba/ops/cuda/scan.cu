@@ -68,11 +68,9 @@ __device__ void bring(const Arguments& arguments, Shared& shared) {
     for (Walk walk(arguments, blockIdx.x); walk.is_one(arguments); walk = walk.next(arguments)) {
         const int group = walk.head / arguments.heads_per_group;
         for (int chunk = 0; chunk < walk.chunks; chunk++, num++) {
-            const int position = walk.first + chunk * Q, lap = num / NUM_STAGES;
+            const int position = walk.first + chunk * Q;
             Stage& stage = shared.stages[num % NUM_STAGES];
-            u64* full = &shared.full[num % NUM_STAGES];
-            if (lap > 0) barrier_wait(&shared.empty[num % NUM_STAGES], lap - 1 & 1);
-            barrier_expect(full, sizeof(Stage));
+            u64* full = expect_stage(shared.full, shared.empty, num, sizeof(Stage));
             for (int i = 0; i < BOXES; i++) {
                 box_copy(stage.C(i), arguments.C, group * D_STATE + i * 64, position, walk.row, full);
                 box_copy(stage.B(i), arguments.B, group * D_STATE + i * 64, position, walk.row, full);
@@ -164,7 +162,7 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
         for (int chunk = 0; chunk < walk.chunks; chunk++, num++, left -= Q) {
             Stage& stage = shared.stages[num % NUM_STAGES];
             char* entering = shared.states[num % 2][group];
-            put_state(state, entering);
+            put(state, entering);
             visible_to_copies();
             group_sync(group);
             barrier_wait(&shared.full[num % NUM_STAGES], num / NUM_STAGES & 1);
@@ -172,11 +170,9 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
             float scores[32], y[32];
             const u64 C = tile_at(stage.C()), B = tile_at(stage.B()), x = tile_at(stage.x(group)), before = tile_at(entering);
             products_begin();
-#pragma unroll
-            for (int k = 0; k < D_STATE; k += 16) multiply(scores, along_rows(C, k), along_rows(B, k), k > 0);
+            multiply_rows<D_STATE>(scores, C, B);
             products_end();
-#pragma unroll
-            for (int k = 0; k < D_STATE; k += 16) multiply(y, along_rows(C, k), along_rows(before, k), k > 0);
+            multiply_rows<D_STATE>(y, C, before);
             products_end();
 
             const Logs logs(stage.decay[group], stage.input[group]);
@@ -202,14 +198,12 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
 #pragma unroll
             for (int i = 0; i < 32; i++) y[i] *= from_start[i / 2 % 2];
             products_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply(y, factors[k], along_columns(x, 16 * k));
+            add_product(y, factors, x);
             products_end();
 #pragma unroll
             for (int i = 0; i < 4 * COLUMNS; i++) state[i] *= through;
             products_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply(state, added[k], along_columns(B, 16 * k));
+            add_product(state, added, B);
             products_end();
 
             float gates[32];

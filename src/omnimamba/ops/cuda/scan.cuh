@@ -5,23 +5,6 @@ constexpr int WARPS = GROUP / 32;     // of a warpgroup
 constexpr int BOXES = D_STATE / 64;   // of B, C and a state
 constexpr int COLUMNS = D_STATE / 8;  // eights of them
 
-// Where a matrix of two positions has one side of its diagonal only, warps would have from one to four times as much to do. So the rows of
-// some tiles are dealt to them, eight positions from the chunk's start and eight from its end for each.
-__device__ __forceinline__ int dealt_eight(int eight) { return eight % 2 ? 7 - eight / 2 : eight / 2; }
-
-__device__ __forceinline__ int dealt(int row) { return 8 * dealt_eight(row / 8) + row % 8; }
-
-// The position of a lane's first or second row.
-__device__ __forceinline__ int dealt_row(int half) {
-    const int warp = threadIdx.x % GROUP / 32;
-    return 8 * (half ? 7 - warp : warp) + threadIdx.x % 32 / 4;
-}
-
-// A tile in this order, of a tensor in boxes of eight positions.
-__device__ __forceinline__ void dealt_copy(char* to, const TensorMap& from, int column, int position, int batch, u64* barrier) {
-    for (int i = 0; i < 8; i++) box_copy(to + 8 * i * ROW, from, column, position + 8 * dealt_eight(i), batch, barrier);
-}
-
 // A state [p, n], or a gradient [q, n], as a product's sums.
 typedef float State[4 * COLUMNS];
 
@@ -35,16 +18,24 @@ __device__ __forceinline__ void each_pair(Use use) {
     }
 }
 
-// The state in bf16, for a product.
-__device__ __forceinline__ void put_state(const State& state, char* to) {
+// A product's sums, or what was made of them, to a tile in bf16.
+template <int columns>
+__device__ __forceinline__ void put(const u32 (&pairs)[columns][2], char* tile) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % GROUP / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int i = 0; i < COLUMNS; i += 2) {
-        const u32 matrices[4] = {pack_bf16(state[4 * i], state[4 * i + 1]), pack_bf16(state[4 * i + 2], state[4 * i + 3]),
-                                 pack_bf16(state[4 * i + 4], state[4 * i + 5]), pack_bf16(state[4 * i + 6], state[4 * i + 7])};
+    for (int i = 0; i < columns; i += 2) {
+        const u32 matrices[4] = {pairs[i][0], pairs[i][1], pairs[i + 1][0], pairs[i + 1][1]};
         const int column = i + lane / 16;
-        store_matrices(to + column / 8 * BOX + swizzled(row, column % 8), matrices);
+        store_matrices(tile + column / 8 * BOX + swizzled(row, column % 8), matrices);
     }
+}
+
+template <int size>
+__device__ __forceinline__ void put(const float (&sums)[size], char* tile) {
+    u32 pairs[size / 4][2];
+#pragma unroll
+    for (int i = 0; i < size / 2; i++) pairs[i / 2][i % 2] = pack_bf16(sums[2 * i], sums[2 * i + 1]);
+    put(pairs, tile);
 }
 
 // Where a lane's pairs of a tile are that has the layout of sums.
@@ -61,6 +52,20 @@ __device__ __forceinline__ float sum_of_row(float value) {
 __device__ __forceinline__ u32 times(u32 pair, float first, float second) {
     const float2 two = unpack_bf16(pair);
     return pack_bf16(two.x * first, two.y * second);
+}
+
+// sums = a b^T, both tiles [64, depth].
+template <int depth>
+__device__ __forceinline__ void multiply_rows(float (&sums)[32], u64 a, u64 b) {
+#pragma unroll
+    for (int k = 0; k < depth; k += 16) multiply(sums, along_rows(a, k), along_rows(b, k), k > 0);
+}
+
+// sums += factor b, the factor [64, 64] in registers, b a tile of 64 rows.
+template <int size>
+__device__ __forceinline__ void add_product(float (&sums)[size], const u32 (&factor)[4][4], u64 b) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply(sums, factor[k], along_columns(b, 16 * k));
 }
 
 // x [q, p] transposed, as a factor, positions times their scales, which a lane has at its columns.
@@ -89,4 +94,13 @@ __device__ __forceinline__ void init_ring(u64 (&full)[num], u64 (&empty)[num], u
         barrier_init(&empty[i], warps);
     }
     barriers_ready();
+}
+
+// Waits for the stage that the num-th tiles go to, counted from 0, and announces their bytes to the barrier that counts them.
+template <int stages>
+__device__ __forceinline__ u64* expect_stage(u64 (&full)[stages], u64 (&empty)[stages], u32 num, u32 bytes) {
+    const int stage = num % stages, lap = num / stages;
+    if (lap > 0) barrier_wait(&empty[stage], lap - 1 & 1);
+    barrier_expect(&full[stage], bytes);
+    return &full[stage];
 }

@@ -5,7 +5,7 @@
 // another sums up those of B and C themselves, to which in the end the first one's sum is added, and finds what the decays inside of the
 // chunk contribute, a tile that the first one has made. One thread of a third copies what the next heads need to shared memory.
 //
-// Matrices of a chunk are [s, t], from position s to position t; rows of tiles of s are dealt to warps (scan.cuh). The including code
+// Matrices of a chunk are [s, t], from position s to position t; rows of tiles of s are dealt to warps (`dealt`). The including code
 // defines D_STATE (64 or 128).
 
 constexpr int NUM_STAGES = 3;
@@ -81,6 +81,23 @@ struct Task {
     }
 };
 
+// Where a matrix of two positions has one side of its diagonal only, warps would have from one to four times as much to do. So the rows of
+// some tiles are dealt to them, eight positions from the chunk's start and eight from its end for each.
+__device__ __forceinline__ int dealt_eight(int eight) { return eight % 2 ? 7 - eight / 2 : eight / 2; }
+
+__device__ __forceinline__ int dealt(int row) { return 8 * dealt_eight(row / 8) + row % 8; }
+
+// The position of a lane's first or second row.
+__device__ __forceinline__ int dealt_row(int half) {
+    const int warp = threadIdx.x % GROUP / 32;
+    return 8 * (half ? 7 - warp : warp) + threadIdx.x % 32 / 4;
+}
+
+// A tile in this order, of a tensor in boxes of eight positions.
+__device__ __forceinline__ void dealt_copy(char* to, const TensorMap& from, int column, int position, int batch, u64* barrier) {
+    for (int i = 0; i < 8; i++) box_copy(to + 8 * i * ROW, from, column, position + 8 * dealt_eight(i), batch, barrier);
+}
+
 __device__ void bring(const Arguments& arguments, Shared& shared) {
     u32 num = 0, num_chunks = 0;
     for (Task task(arguments, blockIdx.x); task.is_one(arguments); task = task.next(arguments), num_chunks++) {
@@ -91,11 +108,8 @@ __device__ void bring(const Arguments& arguments, Shared& shared) {
             box_copy(shared.chunk.C(i), arguments.C, task.group * D_STATE + 64 * i, task.chunk * Q, task.row, &shared.chunk_full);
         }
         for (int head = task.head; head < task.head + task.num_heads; head++, num++) {
-            const int lap = num / NUM_STAGES;
             Stage& stage = shared.stages[num % NUM_STAGES];
-            u64* full = &shared.full[num % NUM_STAGES];
-            if (lap > 0) barrier_wait(&shared.empty[num % NUM_STAGES], lap - 1 & 1);
-            barrier_expect(full, sizeof(stage.boxes) + sizeof(stage.decays));
+            u64* full = expect_stage(shared.full, shared.empty, num, sizeof(stage.boxes) + sizeof(stage.decays));
             const long long place = task.place(arguments, head);
             bulk_copy((char*)stage.decays, (const char*)(arguments.decays + place * 6 * Q), sizeof(stage.decays), full);
             dealt_copy(stage.x(), arguments.x, head * HEADDIM, task.chunk * Q, task.row, full);
@@ -105,16 +119,6 @@ __device__ void bring(const Arguments& arguments, Shared& shared) {
                 box_copy(stage.leaving(i), arguments.leaving, 64 * i, (int)place * HEADDIM, 0, full);
             }
         }
-    }
-}
-
-// A product's sums to a tile, in bf16.
-__device__ __forceinline__ void put(const u32 (&pairs)[8][2], char* tile) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % GROUP / 32 * 16 + lane % 16;
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        const u32 matrices[4] = {pairs[i][0], pairs[i][1], pairs[i + 1][0], pairs[i + 1][1]};
-        store_matrices(tile + swizzled(row, i + lane / 16), matrices);
     }
 }
 
@@ -173,8 +177,7 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
         barrier_wait(&shared.chunk_full, num_chunks & 1);
         float BC[32], dBC[32];
         products_begin();
-#pragma unroll
-        for (int k = 0; k < D_STATE; k += 16) multiply(BC, along_rows(B, k), along_rows(C, k), k > 0);
+        multiply_rows<D_STATE>(BC, B, C);
         products_end();
 #pragma unroll
         for (int i = 0; i < 32; i++) dBC[i] = 0;
@@ -187,11 +190,9 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
             const float skip = arguments.D[head];
             float xdy[32], dxdt[32];
             products_begin();
-#pragma unroll
-            for (int k = 0; k < HEADDIM; k += 16) multiply(xdy, along_rows(x, k), along_rows(dy, k), k > 0);
+            multiply_rows<HEADDIM>(xdy, x, dy);
             products_end();
-#pragma unroll
-            for (int k = 0; k < D_STATE; k += 16) multiply(dxdt, along_rows(B, k), along_rows(leaving, k), k > 0);
+            multiply_rows<D_STATE>(dxdt, B, leaving);
             products_end();
 
             RowSums sums = {};
@@ -220,8 +221,7 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
             }
             // y = (C B^T * decay) (dt x), inside the chunk
             products_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply(dxdt, factors[k], along_columns(dy, 16 * k));
+            add_product(dxdt, factors, dy);
             products_end();
             products_wait<0>(dxdt);
             if (lane == 0) bulk_wait_read<0>();  // the warp's rows of the head before
@@ -253,10 +253,7 @@ __device__ void differentiate_inputs(const Arguments& arguments, Shared& shared)
             if (lane == 0) barrier_arrive(&shared.empty[num % NUM_STAGES]);
         }
         if (num_chunks > 0) barrier_wait(&shared.dBC_empty, num_chunks - 1 & 1);
-        u32 pairs[8][2];
-#pragma unroll
-        for (int i = 0; i < 16; i++) pairs[i / 2][i % 2] = pack_bf16(dBC[2 * i], dBC[2 * i + 1]);
-        put(pairs, shared.dBC);
+        put(dBC, shared.dBC);
         visible_to_copies();
         __syncwarp();
         if (lane == 0) {
@@ -327,8 +324,7 @@ __device__ void differentiate_weights(const Arguments& arguments, Shared& shared
             const u64 entering = tile_at(stage.entering()), leaving = tile_at(stage.leaving());
             float y[32];
             products_begin();
-#pragma unroll
-            for (int k = 0; k < D_STATE; k += 16) multiply(y, along_rows(C, k), along_rows(entering, k), k > 0);
+            multiply_rows<D_STATE>(y, C, entering);
             products_end();
             u32 of_y[4][4], of_x[4][4];
             const float from_start[2] = {stage.decays[3][row], stage.decays[3][row + 8]};
@@ -336,10 +332,8 @@ __device__ void differentiate_weights(const Arguments& arguments, Shared& shared
             scaled_rows(stage.dy(), from_start, of_y);
             scaled_rows(stage.x(), to_end, of_x);
             products_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply(dC, of_y[k], along_columns(entering, 16 * k));
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply(dB, of_x[k], along_columns(leaving, 16 * k));
+            add_product(dC, of_y, entering);
+            add_product(dB, of_x, leaving);
             products_end();
             float through = inner_product(stage.entering(), stage.leaving());
 #pragma unroll

@@ -68,11 +68,9 @@ __device__ void bring(const Arguments& arguments, Shared& shared) {
     for (Walk walk(arguments, blockIdx.x); walk.is_one(); walk = walk.next(arguments)) {
         const int group = walk.head / arguments.heads_per_group;
         for (int i_chunk = 0; i_chunk < walk.chunks; i_chunk++, num++) {
-            const int chunk = walk.chunk(i_chunk), lap = num / NUM_STAGES;
+            const int chunk = walk.chunk(i_chunk);
             Stage& stage = shared.stages[num % NUM_STAGES];
-            u64* full = &shared.full[num % NUM_STAGES];
-            if (lap > 0) barrier_wait(&shared.empty[num % NUM_STAGES], lap - 1 & 1);
-            barrier_expect(full, BYTES);
+            u64* full = expect_stage(shared.full, shared.empty, num, BYTES);
             for (int i = 0; i < BOXES; i++) {
                 box_copy(stage.B(i), arguments.B[walk.direction], group * D_STATE + 64 * i, chunk * Q, walk.row, full);
             }
@@ -107,7 +105,7 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
             char* out = shared.states[num % NUM_SENT][group];
             if (stores) bulk_wait_read<NUM_SENT - 1>();  // what stood there before
             group_sync(group);
-            put_state(state, out);
+            put(state, out);
             visible_to_copies();
             group_sync(group);
             if (stores) {
@@ -126,8 +124,7 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
 #pragma unroll
             for (int i = 0; i < 4 * COLUMNS; i++) state[i] *= decay;
             products_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply(state, factors[k], along_columns(tile_at(stage.B()), 16 * k));
+            add_product(state, factors, tile_at(stage.B()));
             products_end();
             products_wait<0>(state);
             __syncwarp();

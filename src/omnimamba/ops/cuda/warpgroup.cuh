@@ -140,12 +140,6 @@ __device__ __forceinline__ void box_store(const TensorMap& to, int column, int r
 // All threads of one of the first two warpgroups.
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
 // The warpgroup has so many registers for a thread from now on, more or fewer than it started with.
 template <int num>
 __device__ __forceinline__ void take_registers() {
@@ -155,17 +149,4 @@ __device__ __forceinline__ void take_registers() {
 template <int num>
 __device__ __forceinline__ void leave_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(num));
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
-// Of two pairs at once.
-__device__ __forceinline__ u32 multiply_add_bf16(u32 a, u32 b, u32 sum) {
-    u32 result;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
-    return result;
 }
