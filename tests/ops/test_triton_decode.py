@@ -136,7 +136,7 @@ def test_a_step_whose_states_are_streamed(model, monkeypatch):
         y = torch.full(mixed.gated.shape, torch.nan, device=projected.device)
         kernel.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, slots, is_t2i, y, mixed.newest, pdl=pdl)
         mixed.gated.copy_(y * layer.gated_norm)
-        mixed.squares.copy_(y.square().unflatten(1, (shape.row_tiles, -1)).sum(2))
+        mixed.squares.copy_(y.square().unflatten(1, (shape.row_chunks, -1)).sum(2))
 
     monkeypatch.setattr(mix_rows, "device_shape", lambda layer, num_rows, device: shape)
     monkeypatch.setattr(mix_rows, "mix_rows", streamed)

@@ -2,13 +2,15 @@
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
-from omnimamba.ops.cuda import compile
+from omnimamba.ops.cuda import compile, hopper
 
 HERE = Path(__file__).parent
 
@@ -31,3 +33,15 @@ def emulated(tmp_path_factory) -> Callable[[str, Mapping[str, object]], ctypes.C
         return libraries[key]
 
     return library
+
+
+@pytest.fixture
+def box_description() -> Callable[..., hopper.TensorMap]:
+    """`tensor_map` for `warpgroup.h`."""
+
+    def describe(tensor: torch.Tensor, positions: int = 64) -> hopper.TensorMap:
+        b, l, columns = tensor.shape
+        values = tensor.data_ptr(), b, l, columns, 2 * tensor.stride(0), 2 * tensor.stride(1), positions
+        return hopper.TensorMap.from_buffer_copy(struct.pack("7q72x", *values))
+
+    return describe

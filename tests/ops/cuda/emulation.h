@@ -50,7 +50,7 @@ struct Warp {
 struct Block {
     std::vector<char> shared;
     std::vector<Warp> warps;
-    Meeting all, named, groups[2];
+    Meeting all, named, groups[2], cluster;  // the last one: of the cluster's first block
 };
 
 struct Fiber {
@@ -126,7 +126,20 @@ inline void __syncwarp() { emulation::meet(this_warp().meeting, 32); }
 
 inline u64 shared_address(const void* pointer) { return (u64)pointer; }
 
-inline char* dynamic_shared() { return emulation::blocks[blockIdx.x].shared.data(); }
+namespace emulation {
+
+// At a multiple of 1024, so that the same thing is at the same place in all blocks.
+inline char* shared_of(int block) { return (char*)(((u64)blocks[block].shared.data() + 1023) / 1024 * 1024); }
+
+// What is at this place of the own block's shared memory in another one of the cluster, whose blocks are neighbours.
+template <class T>
+T* in_cluster(int size, int rank, T* own) {
+    return (T*)(shared_of(self->block / size * size + rank) + ((char*)own - shared_of(self->block)));
+}
+
+}  // namespace emulation
+
+inline char* dynamic_shared() { return emulation::shared_of(blockIdx.x); }
 
 inline void barrier_init(u64* barrier, u32 count) { emulation::barrier(barrier) = {(u16)count, (u16)count, 0, 0}; }
 
@@ -186,7 +199,9 @@ void named_sync() {
     emulation::meet(emulation::blocks[blockIdx.x].named, threads);
 }
 
-inline bool last_of_grid(u32* counter) { return (int)(*counter)++ == gridDim.x - 1; }
+inline u32 count_up(u32* counter) { return (*counter)++; }
+
+inline bool last_of_grid(u32* counter) { return (int)count_up(counter) == gridDim.x - 1; }
 
 inline int warp_index() { return threadIdx.x / 32; }
 
@@ -304,7 +319,7 @@ inline bool launch(int grid, int threads, size_t shared, unsigned seed, std::fun
     fibers.resize(grid * threads);
     copies.clear();
     for (Block& block : blocks) {
-        block.shared.assign(shared, (char)0xff);
+        block.shared.assign(shared + 1024, (char)0xff);
         block.warps.resize(threads / 32);
     }
     for (int i = 0; i < grid * threads; i++) {

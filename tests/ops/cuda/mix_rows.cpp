@@ -2,6 +2,7 @@
 
 #include "emulation.h"
 
+#include "channels.cuh"
 #include "mixer.cuh"
 #include "mix_rows.cu"
 

@@ -57,11 +57,13 @@ class Mixing:
             self.projected, unused, None, lora, mixer, random(self.d_inner), unused, random(NUM_SLOTS, conv_dim, 4),
             random(NUM_SLOTS, self.h, HEADDIM, self.n, dtype=dtype),
         )  # fmt: skip
-        tile = mix_rows.TILE_BYTES // self.layer.ssm.itemsize // self.n
+        shape = Shape.of(self.layer, b, SHARED_BYTES)
+        assert shape is not None
         self.mixed = Mixed(
             torch.full((b, self.d_inner), torch.nan, device=device, dtype=torch.bfloat16),
-            torch.full((b, self.d_inner // tile), torch.nan, device=device),
+            torch.full((b, shape.row_chunks), torch.nan, device=device),
             torch.full((b, 2 * self.n), torch.nan, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
         )
 
     @property
@@ -91,7 +93,9 @@ class Mixing:
             assert torch.equal(layer.conv[slots, : self.d_inner], conv[:, : self.d_inner].bfloat16())
         assert torch.equal(layer.conv[:, self.d_inner :], before[0][:, self.d_inner :])
         assert torch.equal(layer.conv[others], before[0][others]) and torch.equal(layer.ssm[others], before[1][others])
-        assert all(part[~live].isnan().all() for part in self.mixed)
+        *numbers, counter = self.mixed
+        assert all(part[~live].isnan().all() for part in numbers)
+        assert counter == 0
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -99,11 +103,11 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance, error  # not so for NaN
 
 
-@pytest.mark.parametrize("min_rounds", [1, 8])
+@pytest.mark.parametrize("chunk_bytes", [8192, 65536])
 @pytest.mark.parametrize(("case", "name", "seed"), [(c, n, s) for s, (c, n) in enumerate(itertools.product(CASES, SLOTS))])
-def test_the_emulated_kernel_equals_the_operators(emulated, monkeypatch, case, name, seed, min_rounds):
-    """Two rounds and none, one round and a half, less than one; seed: of the order in which threads go on."""
-    monkeypatch.setattr(mix_rows, "MIN_ROUNDS", min_rounds)
+def test_the_emulated_kernel_equals_the_operators(emulated, monkeypatch, case, name, seed, chunk_bytes):
+    """More chunks than blocks, and fewer; seed: of the order in which threads go on."""
+    monkeypatch.setattr(mix_rows, "CHUNK_BYTES", chunk_bytes)
     mixing = Mixing(case, SLOTS[name], "cpu")
     shape = Shape.of(mixing.layer, len(mixing.slots), SHARED_BYTES)
     assert shape is not None and shape.num_stages > 2

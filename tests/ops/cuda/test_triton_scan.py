@@ -3,7 +3,6 @@ around them interpreted; on a GPU the launches."""
 
 import ctypes
 import re
-import struct
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ LAUNCHES = {"scan", "scan_states", "scan_gradients"}
 
 
 @pytest.fixture(params=[0, 1])
-def launched(request, kernel_device, emulated, monkeypatch) -> set[str]:
+def launched(request, kernel_device, emulated, box_description, monkeypatch) -> set[str]:
     """The kernels that were launched. The parameter seeds the order in which emulated threads go on."""
     names = set()
     launch = hopper.launch
@@ -34,19 +33,13 @@ def launched(request, kernel_device, emulated, monkeypatch) -> set[str]:
         library = emulated(f"{name}.cpp", {"D_STATE": d_state, "SHARED_BYTES": SHARED_BYTES, **defines})
         assert library.emulate(ctypes.byref(arguments), min(blocks, EMULATED_BLOCKS), request.param), "threads waited for each other"
 
-    def describe(tensor, positions=64) -> hopper.TensorMap:
-        """As in warpgroup.h."""
-        b, l, columns = tensor.shape
-        values = tensor.data_ptr(), b, l, columns, 2 * tensor.stride(0), 2 * tensor.stride(1), positions
-        return hopper.TensorMap.from_buffer_copy(struct.pack("7q72x", *values))
-
     def observe(name, *args, **defines) -> None:
         names.add(name)
         launch(name, *args, **defines)
 
     if kernel_device == "cpu":
         monkeypatch.setattr(hopper, "launch", emulate)
-        monkeypatch.setattr(hopper, "tensor_map", describe)
+        monkeypatch.setattr(hopper, "tensor_map", box_description)
         monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     elif not hopper.is_hopper(torch.device(kernel_device, 0)):
         pytest.skip("not a Hopper GPU")

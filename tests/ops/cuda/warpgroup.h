@@ -55,7 +55,9 @@ inline void products_begin() {}
 inline void products_end() {}
 
 template <int num, int size>
-void products_wait(float (&sums)[size]) {}
+void products_wait(float (&sums)[size]) {
+    __syncwarp();
+}
 
 template <int size>
 void multiply(float (&sums)[size], u64 a, u64 b, bool adds) {
@@ -152,6 +154,33 @@ inline void box_store(const TensorMap& to, int column, int row, int batch, const
     emulation::send([=, &to] {
         emulation::each_unit(to, column, row, batch, [=](int place, char* at) { std::memcpy(at, from + place, 16); }, [](int) {});
     });
+}
+
+template <int size>
+u32 rank_in_cluster() {
+    return blockIdx.x % size;
+}
+
+template <int size>
+void cluster_sync() {
+    emulation::meet(emulation::blocks[blockIdx.x / size * size].cluster, size * emulation::num_threads);
+}
+
+template <int size>
+void barrier_arrive_at(u64* barrier, u32 rank) {
+    barrier_arrive(emulation::in_cluster(size, rank, barrier));
+}
+
+template <int size>
+void copy_to_block(char* to, const char* from, u32 bytes, u64* barrier, u32 rank) {
+    bulk_copy(emulation::in_cluster(size, rank, to), from, bytes, emulation::in_cluster(size, rank, barrier));
+}
+
+template <int size>
+void box_copy_to_cluster(char* to, const TensorMap& from, int column, int row, int batch, u64* barrier) {
+    for (int i = 0; i < size; i++) {
+        box_copy(emulation::in_cluster(size, i, to), from, column, row, batch, emulation::in_cluster(size, i, barrier));
+    }
 }
 
 inline void group_sync(int group) { emulation::meet(emulation::blocks[blockIdx.x].groups[group], GROUP); }

@@ -14,7 +14,7 @@ from torch import Tensor
 from omnimamba.ops.cuda.compile import COOPERATIVE, Kernel, can_run
 from omnimamba.ops.triton.decode import LayerWeights, Weight
 
-SOURCES = ("primitives.cuh", "mixer.cuh", "backbone_step.cu")
+SOURCES = ("primitives.cuh", "channels.cuh", "mixer.cuh", "backbone_step.cu")
 MAX_ROWS = 2
 NUM_WARPS = 16  # of a block, beside the two that copy
 THREADS = 32 * (NUM_WARPS + 2)
@@ -209,4 +209,4 @@ class BackboneStep:
 
     def __call__(self) -> None:
         """States and logits, in place."""
-        self.kernel(self.arguments, blocks=self.num_blocks, threads=THREADS, attribute=COOPERATIVE)
+        self.kernel(self.arguments, blocks=self.num_blocks, threads=THREADS, attributes=[COOPERATIVE])

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17",)
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
-# CUlaunchAttributeID: all blocks are at work at once; the kernel may start before the one ahead of it has ended
-COOPERATIVE, PROGRAMMATIC = 2, 6
 
 
 def compile_cubin(sources: Sequence[str], defines: Mapping[str, object], architecture: str) -> tuple[bytes, str]:
@@ -94,9 +92,24 @@ def check_driver(result: int) -> None:
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute, of those attributes whose value is one int."""
+    """CUlaunchAttribute, of those attributes whose value is up to three ints."""
 
-    _fields_ = (("id", ctypes.c_int), ("_padding", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_char * 60))
+    _fields_ = (("id", ctypes.c_int), ("_padding", ctypes.c_int), ("value", ctypes.c_int * 3), ("_rest", ctypes.c_char * 52))
+
+
+def attribute_of(id: int, *value: int) -> LaunchAttribute:
+    return LaunchAttribute(id, 0, value)
+
+
+COOPERATIVE = attribute_of(2, 1)
+"""All blocks are at work at once."""
+PROGRAMMATIC = attribute_of(6, 1)
+"""The kernel may start before the one ahead of it has ended."""
+
+
+def cluster_of(num_blocks: int) -> LaunchAttribute:
+    """So many neighbours of the blocks are a cluster."""
+    return attribute_of(4, num_blocks, 1, 1)
 
 
 class LaunchConfig(ctypes.Structure):
@@ -132,11 +145,19 @@ class Kernel:
         check_driver(driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
         check_driver(driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
 
-    def __call__(self, argument: ctypes.Structure, *, blocks: int, threads: int, attribute: int | None = None) -> None:
-        """Launches on torch's current stream, perhaps with one of the launch attributes above. RuntimeError if the driver refuses."""
+    def clusters_at_once(self, num_blocks: int, threads: int) -> int:
+        """How many clusters of so many blocks the device holds; multiprocessors of a group that are too few for one stay empty."""
+        attribute, found = cluster_of(num_blocks), ctypes.c_int()
+        config = LaunchConfig(num_blocks, 1, 1, threads, 1, 1, self.shared_bytes, None, ctypes.pointer(attribute), 1)
+        with torch.cuda.device(self.device):
+            check_driver(driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), self._function, ctypes.byref(config)))
+        return found.value
+
+    def __call__(self, argument: ctypes.Structure, *, blocks: int, threads: int, attributes: Sequence[LaunchAttribute] = ()) -> None:
+        """Launches on torch's current stream. RuntimeError if the driver refuses."""
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-            attributes = (LaunchAttribute * 1)((attribute or 0, 0, 1))
-            config = LaunchConfig(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, attributes, int(attribute is not None))
+            array = (LaunchAttribute * len(attributes))(*attributes)
+            config = LaunchConfig(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, array, len(attributes))
             check_driver(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None))

@@ -12,18 +12,17 @@ from torch import Tensor
 from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, can_run
 from omnimamba.ops.triton.decode import LayerWeights
 
-SOURCES = ("primitives.cuh", "mixer.cuh", "mix_rows.cu")
+SOURCES = ("primitives.cuh", "channels.cuh", "mixer.cuh", "mix_rows.cu")
 TILE_BYTES = 4096
-NUM_WARPS = 12  # that update states
+NUM_WARPS = 8  # that update states
 NUM_PREPARING = 8  # warps that make what the others need
 THREADS = 32 * (NUM_WARPS + NUM_PREPARING)
 MAX_ROWS = THREADS
-CHUNK = 512  # channels that are prepared at once
-MIN_ROUNDS = 8  # 64 rows have 3, and are 3 % slower in rounds; 256 have 15
+CHUNK_BYTES = 65536  # of states, whose channels are prepared at once
 MAX_STAGES = 3  # more make nothing faster
 POINTERS = (
     "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "norm", "gated",
-    "squares", "newest",
+    "squares", "newest", "counter",
 )  # fmt: skip
 
 
@@ -73,7 +72,7 @@ class Shape(NamedTuple):
 
     def defines(self) -> dict[str, Any]:
         own = {name.upper(): int(value) for name, value in self._asdict().items()}
-        sizes = {"TILE_BYTES": TILE_BYTES, "SHARED_BYTES": self.work_bytes, "CHUNK": CHUNK, "MIN_ROUNDS": MIN_ROUNDS}
+        sizes = {"TILE_BYTES": TILE_BYTES, "SHARED_BYTES": self.work_bytes, "CHUNK": self.chunk}
         return own | sizes | {"NUM_WARPS": NUM_WARPS, "NUM_PREPARING": NUM_PREPARING}
 
     @property
@@ -82,14 +81,23 @@ class Shape(NamedTuple):
         return TILE_BYTES // (self.d_state * (2 if self.half_state else 4))
 
     @property
-    def row_tiles(self) -> int:
-        """Tiles of a row."""
-        return self.d_inner // self.tile
+    def chunk(self) -> int:
+        """Channels that are prepared at once: whole tiles, and of a row a whole number."""
+        tiles = self.d_inner // self.tile
+        most = CHUNK_BYTES // TILE_BYTES
+        return self.tile * next(num for num in range(min(most, tiles), 0, -1) if tiles % num == 0)
+
+    @property
+    def row_chunks(self) -> int:
+        """Chunks of a row."""
+        return self.d_inner // self.chunk
 
     @property
     def work_bytes(self) -> int:
         """Of a block's shared memory beside the rings, `Shared` in mix_rows.cu, or a little more."""
-        return 2 * 24 * CHUNK + 16 * self.d_state + 8 * MAX_ROWS + 4 * THREADS // 32 + 8 * (NUM_WARPS * MAX_STAGES + 4)
+        places = -(-MAX_STAGES * NUM_WARPS * self.tile // self.chunk) + 4
+        barriers = NUM_WARPS * MAX_STAGES + places + 4
+        return 2 * 24 * self.chunk + 16 * self.d_state + 8 * self.chunk // self.tile + 8 * MAX_ROWS + 4 * (THREADS // 32 + places) + 8 * barriers
 
     @property
     def shared_bytes(self) -> int:
@@ -109,9 +117,11 @@ class Mixed(NamedTuple):
     gated: Tensor
     """[b, h * p] bf16: y * silu(z), times the weight of the gated norm."""
     squares: Tensor
-    """[b, row_tiles] fp32, whose sum is that of the squares of y * silu(z)."""
+    """[b, row_chunks] fp32, whose sum is that of the squares of y * silu(z)."""
     newest: Tensor
     """[b, 2 * n] fp32: B and C before the convolution, for `ops.triton.decode.Shift`."""
+    counter: Tensor
+    """[1] int32, 0 before and after: by which blocks agree on who does what. Each layer has its own."""
 
 
 def arguments_of(projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed) -> Arguments:
@@ -135,4 +145,4 @@ def mix_rows(
     device = projected.device
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
     arguments = arguments_of(projected, layer, slots, is_t2i, mixed)
-    kernel_of(shape, device)(arguments, blocks=blocks, threads=THREADS, attribute=PROGRAMMATIC if pdl else None)
+    kernel_of(shape, device)(arguments, blocks=blocks, threads=THREADS, attributes=[PROGRAMMATIC] if pdl else [])

@@ -1,4 +1,4 @@
-// What all kernels of decoding compute alike: sums over a warp, the convolution of a channel, LoRA, the numbers of a state.
+// What the kernels that update states compute alike: sums over a warp, LoRA, the numbers of a state.
 //
 // The including code defines D_STATE, RANK and HALF_STATE (0 or 1: states are fp32 or bf16).
 
@@ -35,49 +35,34 @@ __device__ __forceinline__ void sum_lanes_of(float (&values)[num], int lane) {
     for (int rest = WARP / num / 2; rest; rest /= 2) values[0] += shuffle_xor(values[0], rest);
 }
 
-// ---- convolution, LoRA, states
+// ---- LoRA, states
 
-__device__ __forceinline__ float4 four_bf16(uint2 bits) {
-    const float2 first = unpack_bf16(bits.x), second = unpack_bf16(bits.y);
-    return make_float4(first.x, first.y, second.x, second.y);
-}
+// RANK numbers: a row of LoRA's B, or A u.
+struct LoraRow {
+    static constexpr int WIDTH = RANK % 8 == 0 ? 8 : 1;  // that are loaded at once
+    struct alignas(2 * WIDTH) Unit {
+        u16 numbers[WIDTH];
+    } units[RANK / WIDTH];
 
-__device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
-
-__device__ __forceinline__ float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }  // as in torch
-
-__device__ __forceinline__ float bf16_at(const u16* from) { return float_of((u32)*from << 16); }
-
-// Inputs of a channel and its taps are four bf16, oldest first.
-__device__ __forceinline__ float convolve(uint2 past, float newest, uint2 weights, float bias) {
-    const float4 x = four_bf16(past), taps = four_bf16(weights);
-    return silu(fmaf(newest, taps.w, fmaf(x.w, taps.z, fmaf(x.z, taps.y, fmaf(x.y, taps.x, bias)))));
-}
-
-// The inputs without the oldest and with the newest.
-__device__ __forceinline__ uint2 shifted(uint2 past, float newest) {
-    uint2 result;
-    result.x = past.x >> 16 | past.y << 16;
-    result.y = past.y >> 16 | (u32)to_bf16(newest) << 16;
-    return result;
-}
-
-// A row of LoRA's B times A u.
-__device__ __forceinline__ float times(const u16* lora, const float (&low)[RANK]) {
-    float sum = 0;
-    if constexpr (RANK % 8 == 0) {
+    __device__ __forceinline__ void load(const u16* from) {
 #pragma unroll
-        for (int r = 0; r < RANK; r += 8) {
-            const uint4 pairs = *(const uint4*)(lora + r);
-            const float4 first = four_bf16({pairs.x, pairs.y}), second = four_bf16({pairs.z, pairs.w});
-            sum = fmaf(first.w, low[r + 3], fmaf(first.z, low[r + 2], fmaf(first.y, low[r + 1], fmaf(first.x, low[r], sum))));
-            sum = fmaf(second.w, low[r + 7], fmaf(second.z, low[r + 6], fmaf(second.y, low[r + 5], fmaf(second.x, low[r + 4], sum))));
-        }
-    } else {
-#pragma unroll
-        for (int r = 0; r < RANK; r++) sum = fmaf(bf16_at(lora + r), low[r], sum);
+        for (int i = 0; i < RANK / WIDTH; i++) units[i] = ((const Unit*)from)[i];
     }
-    return sum;
+
+    __device__ __forceinline__ float operator[](int r) const { return bf16(units[r / WIDTH].numbers[r % WIDTH]); }
+
+    __device__ __forceinline__ float times(const float (&low)[RANK]) const {
+        float sum = 0;
+#pragma unroll
+        for (int r = 0; r < RANK; r++) sum = fmaf((*this)[r], low[r], sum);
+        return sum;
+    }
+};
+
+__device__ __forceinline__ float times(const u16* lora, const float (&low)[RANK]) {
+    LoraRow row;
+    row.load(lora);
+    return row.times(low);
 }
 
 // A lane's numbers of a channel's state, all in one access.

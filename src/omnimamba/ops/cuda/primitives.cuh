@@ -85,8 +85,11 @@ __device__ __forceinline__ void named_sync() {
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 
+// What the counter has been before it was raised by one.
+__device__ __forceinline__ u32 count_up(u32* counter) { return atomicAdd(counter, 1); }
+
 // Whether this is the last block to say so.
-__device__ __forceinline__ bool last_of_grid(u32* counter) { return atomicAdd(counter, 1) == gridDim.x - 1; }
+__device__ __forceinline__ bool last_of_grid(u32* counter) { return count_up(counter) == gridDim.x - 1; }
 
 // The warp's index in its block, known to the compiler to be the same for all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }

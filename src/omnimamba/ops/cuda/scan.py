@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import Kernel, can_run, check_driver, driver
+from omnimamba.ops.cuda.compile import Kernel
+from omnimamba.ops.cuda.hopper import TensorMap, is_hopper, structure, tensor_map
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "scan.cuh")
 CHUNK = 64  # positions
@@ -23,21 +23,6 @@ HEADS = 2  # that a block walks through at once
 THREADS = 3 * 128  # two warpgroups compute, one copies
 MIN_POSITIONS = 128
 """Of all rows; fewer leave most multiprocessors without a block, where Triton's kernels split heads."""
-
-
-class TensorMap(ctypes.Structure):
-    """CUtensorMap."""
-
-    _fields_ = (("bytes", ctypes.c_char * 128),)
-
-
-def structure(maps: Sequence[str], pointers: Sequence[str], strides: Sequence[str], numbers: Sequence[str]) -> type[ctypes.Structure]:
-    """The arguments of a kernel, tensor maps first, filled up to whole 64 bytes, as those are aligned there."""
-    fields: list[tuple[str, Any]] = [(name, TensorMap) for name in maps]
-    fields += [(name, ctypes.c_void_p) for name in pointers] + [(name, ctypes.c_longlong) for name in strides]
-    fields += [(name, ctypes.c_int) for name in numbers]
-    size = 8 * len(pointers) + 8 * len(strides) + 4 * len(numbers)
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("_padding", ctypes.c_char * (-size % 64))]})
 
 
 # as in the sources
@@ -58,26 +43,6 @@ GradientsArguments = structure(
 )
 
 
-def tensor_map(tensor: Tensor, positions: int = 64) -> TensorMap:
-    """The driver's description of a bf16 tensor [b, l, columns], dense in its last axis, in boxes of so many positions and 64 columns.
-
-    Its address and strides are multiples of 16 bytes. RuntimeError if the driver refuses.
-    """
-    bfloat16, no_interleaving, swizzle_128_bytes, promotion_to_256_bytes, zeros_outside = 9, 0, 3, 3, 0
-    space = ctypes.create_string_buffer(128 + 64)
-    address = -(-ctypes.addressof(space) // 64) * 64
-    b, l, columns = tensor.shape
-    sizes, strides = (ctypes.c_uint64 * 3)(columns, l, b), (ctypes.c_uint64 * 2)(2 * tensor.stride(1), 2 * tensor.stride(0))
-    box, steps = (ctypes.c_uint32 * 3)(64, positions, 1), (ctypes.c_uint32 * 3)(1, 1, 1)
-    check_driver(
-        driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(address), bfloat16, 3, ctypes.c_void_p(tensor.data_ptr()), sizes, strides, box, steps,
-            no_interleaving, swizzle_128_bytes, promotion_to_256_bytes, zeros_outside,
-        )
-    )  # fmt: skip
-    return TensorMap.from_buffer_copy(ctypes.string_at(address, 128))
-
-
 def maps_of(*tensors: Tensor, positions: int = 64) -> list[TensorMap]:
     """Of [b, l, heads or groups, channels]."""
     return [tensor_map(tensor.flatten(2), positions) for tensor in tensors]
@@ -85,12 +50,6 @@ def maps_of(*tensors: Tensor, positions: int = 64) -> list[TensorMap]:
 
 def pointers_of(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Neither older nor newer tensor cores take these instructions."""
-    return can_run(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def fits(x: Tensor, B: Tensor, C: Tensor, *others: Tensor) -> bool:

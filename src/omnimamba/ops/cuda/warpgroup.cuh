@@ -47,6 +47,18 @@ __device__ __forceinline__ void multiply(float (&sums)[32], u64 a, u64 b, bool a
         : "l"(a), "l"(b), "r"((int)adds));
 }
 
+// The same with b [72, 16].
+__device__ __forceinline__ void multiply(float (&sums)[36], u64 a, u64 b, bool adds) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, %38, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {" NAMES_32 ", %32, %33, %34, %35}, %36, %37, adds, 1, 1, 0, 0;\n"
+        "}"
+        : SUMS_32(0), SUMS_4(32)
+        : "l"(a), "l"(b), "r"((int)adds));
+}
+
 // sums += a [64, 16] b [16, 64], a in registers, b in shared memory, `along_columns`.
 __device__ __forceinline__ void multiply(float (&sums)[32], const u32 (&a)[4], u64 b) {
     asm volatile(
@@ -135,6 +147,54 @@ __device__ __forceinline__ void box_store(const TensorMap& to, int column, int r
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&to), "r"(column), "r"(row),
                  "r"(batch), "r"(shared_address(from))
                  : "memory");
+}
+
+// ---- clusters: `size` blocks at work side by side, the neighbours in a grid
+
+template <int size>
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of the cluster meet. Barriers that are `barriers_ready` can be used from then on; nothing else becomes visible, for that takes
+// a fence of the whole GPU.
+template <int size>
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What is at this place in another block.
+__device__ __forceinline__ u32 address_in_cluster(const void* own, u32 rank) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+    return address;
+}
+
+// At this barrier in another block. Nothing that was written becomes visible by it.
+template <int size>
+__device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_cluster(barrier, rank)) : "memory");
+}
+
+// `bytes` (a multiple of 16, as the addresses are) to this place in another block, whose barrier counts them.
+template <int size>
+__device__ __forceinline__ void copy_to_block(char* to, const char* from, u32 bytes, u64* barrier, u32 rank) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     address_in_cluster(to, rank)),
+                 "r"(shared_address(from)), "r"(bytes), "r"(address_in_cluster(barrier, rank))
+                 : "memory");
+}
+
+// `box_copy` to this place in all blocks, whose barriers count the bytes.
+template <int size>
+__device__ __forceinline__ void box_copy_to_cluster(char* to, const TensorMap& from, int column, int row, int batch, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], "
+        "%6;" ::"r"(shared_address(to)),
+        "l"(&from), "r"(column), "r"(row), "r"(batch), "r"(shared_address(barrier)), "h"((u16)((1 << size) - 1))
+        : "memory");
 }
 
 // All threads of one of the first two warpgroups.

@@ -1,0 +1,64 @@
+// The product of a batch's rows and a weight matrix, in bf16: of rows that are normed, or that have yet to be divided by their root mean
+// square, which commutes with the product. See rows_product.cuh.
+
+// ---- what the host passes
+
+struct Arguments {
+    TensorMap u;           // [1, rows, k]
+    TensorMap weights;     // [1, n, k]
+    const float* squares;  // [rows, num_squares]: what the squares of a row sum up to; of none, rows are normed
+    u16* out;              // [rows, n]
+    int rows, n, k, num_squares;
+    float eps;
+};
+
+struct Shared {
+    Rings rings;
+    float scales[ROWS];
+    u64 scaled;
+};
+
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES);
+
+__device__ void compute(const Arguments& arguments, Shared& shared, int output) {
+    float sums[NUM_SUMS];
+    multiply_rows(shared.rings, arguments.k, sums);
+    barrier_wait(&shared.scaled, 0);
+    const int first = threadIdx.x / GROUP * 64 + first_row();
+    const float scales[2] = {shared.scales[first], shared.scales[first + 8]};
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS / 2; i++) {
+        const int row = first + 8 * (i % 2), column = output + 8 * (i / 2) + first_column();
+        if (row >= arguments.rows || column >= arguments.n) continue;
+        *(u32*)(arguments.out + row * arguments.n + column) = pack_bf16(sums[2 * i] * scales[i % 2], sums[2 * i + 1] * scales[i % 2]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project_in(const __grid_constant__ Arguments arguments) {
+    Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
+    start_next_kernel();
+    const int output = (int)blockIdx.x * N_TILE, warp = warp_index(), lane = threadIdx.x % 32;
+    if (warp == BRINGS_WEIGHTS && lane == 0) {
+        shared.rings.init();
+        barrier_init(&shared.scaled, 32 * M_TILES);
+        barriers_ready();
+    }
+    __syncwarp();
+    cluster_sync<CLUSTER>();
+    if (warp == BRINGS_WEIGHTS) {
+        if (lane == 0) bring_weights(shared.rings, arguments.weights, output, 0, arguments.k);
+    } else if (warp == BRINGS_ROWS) {
+        wait_for_earlier_kernels();
+        if (lane == 0) bring_rows(shared.rings, arguments.u, 0, arguments.k);
+    } else if (warp >= HELPS) {
+        wait_for_earlier_kernels();
+        const int row = (warp - HELPS) * 64;
+        find_scales<64>(
+            shared.scales + row, arguments.squares, row, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
+        barrier_arrive(&shared.scaled);
+    } else {
+        compute(arguments, shared, output);
+    }
+    __syncwarp();
+    cluster_sync<CLUSTER>();  // no block leaves while others send to it
+}

@@ -1,0 +1,135 @@
+// What a layer adds to the residual stream, the product of a batch's rows and out_proj, and what in_proj of the next layer needs of the sum:
+// the rows times the norm's weight in bf16, and their squares, for the division by the root mean square commutes with a product.
+//
+// A cluster makes N_TILE outputs, each block the products of its part of the columns; then each adds up an equal part of the rows, whose
+// products the others have sent it. The order of additions is always the same. See rows_product.cuh.
+//
+// The including code also defines D_STATE.
+
+constexpr int OWN_ROWS = ROWS / CLUSTER;
+constexpr int OF_ROW = COMPUTING / OWN_ROWS;  // threads
+constexpr int OWN = N_TILE / OF_ROW;          // columns of a thread
+
+static_assert(SHARING == 1 && OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
+
+// ---- what the host passes
+
+struct Arguments {
+    TensorMap u;                 // [1, rows, k]
+    TensorMap weights;           // [1, n, k]
+    const float* squares;        // [rows, num_squares]: what the squares of a row of u sum up to; of none, rows are normed
+    float* residual;             // [rows, n]
+    const u16* norm;             // [n], the next norm's weight
+    u16* next;                   // [rows, n]: the new residual, times that
+    float* next_squares;         // [rows, tiles]: the sums of its squares over tiles of N_TILE columns
+    u16* conv;                   // [slots, conv_slot]: states of the convolution, whose last channels are B and C; or null
+    const long long* slots;      // [rows], negative: nothing is stored for the row
+    const float* newest;         // [rows, 2 * D_STATE]: inputs of B and C
+    long long conv_slot, first;  // numbers to the next slot, and to B
+    int rows, n, k, num_squares;
+    float eps;
+};
+
+struct Shared {
+    Rings rings;
+    float parts[CLUSTER][OWN_ROWS][N_TILE];  // of the own rows, from all blocks
+    float scales[OWN_ROWS];
+    u64 all_parts, scaled;
+};
+
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && ROWS * N_TILE * 4 <= WEIGHT_STAGES * N_TILE * ROW + ROW_STAGES * ROWS * ROW);
+
+__device__ void compute(const Arguments& arguments, Shared& shared, int tile, int rank) {
+    const int thread = threadIdx.x;
+    float sums[NUM_SUMS];
+    multiply_rows(shared.rings, arguments.k / CLUSTER, sums);
+    named_sync<COMPUTING>();  // nobody reads the rings any more
+    float(*sent)[N_TILE] = (float(*)[N_TILE])&shared.rings;  // [ROWS]
+    const int product_row = thread / GROUP * 64 + first_row();
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS / 2; i++) {
+        *(float2*)&sent[product_row + 8 * (i % 2)][8 * (i / 2) + first_column()] = make_float2(sums[2 * i], sums[2 * i + 1]);
+    }
+    visible_to_copies();
+    __syncwarp();
+    if (thread % 32 == 0) {  // the warp's rows, all of them one block's
+        float* to = shared.parts[rank][product_row % OWN_ROWS];
+        copy_to_block<CLUSTER>((char*)to, (const char*)sent[product_row], 16 * N_TILE * 4, &shared.all_parts, product_row / OWN_ROWS);
+    }
+    const int own_row = thread / OF_ROW, row = rank * OWN_ROWS + own_row, first = tile * N_TILE + thread % OF_ROW;
+    wait_for_earlier_kernels();
+    float residual[OWN], norm[OWN];  // on their way while the parts are
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int column = min(first + i * OF_ROW, arguments.n - 1);
+        residual[i] = arguments.residual[min(row, arguments.rows - 1) * arguments.n + column];
+        norm[i] = bf16_at(arguments.norm + column);
+    }
+    barrier_wait(&shared.scaled, 0);
+    barrier_wait(&shared.all_parts, 0);
+    const float scale = shared.scales[own_row];
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int column = first + i * OF_ROW;
+        float sum = 0;
+#pragma unroll
+        for (int part = 0; part < CLUSTER; part++) sum += shared.parts[part][own_row][column - tile * N_TILE];
+        const float value = fmaf(sum, scale, residual[i]);
+        if (row >= arguments.rows || column >= arguments.n) continue;
+        squares = fmaf(value, value, squares);
+        arguments.residual[row * arguments.n + column] = value;
+        arguments.next[row * arguments.n + column] = to_bf16(value * norm[i]);
+    }
+#pragma unroll
+    for (int mask = OF_ROW / 2; mask; mask /= 2) squares += shuffle_xor(squares, mask);
+    const int tiles = gridDim.x / CLUSTER;
+    if (row < arguments.rows && thread % OF_ROW == 0) arguments.next_squares[row * tiles + tile] = squares;
+}
+
+// The newest inputs of B and C enter the states of some rows' convolutions.
+__device__ void shift_convolutions(const Arguments& arguments, int helper) {
+    if (arguments.conv == nullptr) return;
+    for (int row = (int)blockIdx.x * M_TILES + helper; row < arguments.rows; row += (int)gridDim.x * M_TILES) {
+        const long long slot = arguments.slots[row];
+        if (slot < 0) continue;
+        uint2* conv = (uint2*)(arguments.conv + slot * arguments.conv_slot + arguments.first);
+        const float* newest = arguments.newest + row * 2 * D_STATE;
+#pragma unroll
+        for (int i = threadIdx.x % 32; i < 2 * D_STATE; i += 32) conv[i] = shifted(conv[i], newest[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __grid_constant__ Arguments arguments) {
+    Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
+    start_next_kernel();
+    const int warp = warp_index(), lane = threadIdx.x % 32;
+    const int rank = (int)rank_in_cluster<CLUSTER>(), tile = (int)blockIdx.x / CLUSTER;
+    const int part = arguments.k / CLUSTER, first = rank * part;
+    if (warp == BRINGS_WEIGHTS && lane == 0) {
+        shared.rings.init();
+        barrier_init(&shared.all_parts, 1);
+        barrier_init(&shared.scaled, 32 * M_TILES);
+        barriers_ready();
+        barrier_expect(&shared.all_parts, sizeof(shared.parts));
+    }
+    __syncwarp();
+    cluster_sync<CLUSTER>();
+    if (warp == BRINGS_WEIGHTS) {
+        if (lane == 0) bring_weights(shared.rings, arguments.weights, tile * N_TILE, first, first + part);
+    } else if (warp == BRINGS_ROWS) {
+        wait_for_earlier_kernels();
+        if (lane == 0) bring_rows(shared.rings, arguments.u, first, first + part);
+    } else if (warp >= HELPS) {
+        wait_for_earlier_kernels();
+        const int helper = warp - HELPS, row = helper * OWN_ROWS / M_TILES;
+        find_scales<OWN_ROWS / M_TILES>(
+            shared.scales + row, arguments.squares, rank * OWN_ROWS + row, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
+        barrier_arrive(&shared.scaled);
+        shift_convolutions(arguments, helper);
+    } else {
+        compute(arguments, shared, tile, rank);
+    }
+    __syncwarp();
+    cluster_sync<CLUSTER>();  // no block leaves while others send to it
+}

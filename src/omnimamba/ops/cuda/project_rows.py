@@ -1,0 +1,164 @@
+"""A layer's projections of a batch's rows on Hopper, norms included: the host's side of `project_in.cu` and `project_out.cu`.
+
+Rows are divided by their root mean square after a product, not before: in between they are numbers times the norm's weight, and sums of
+their squares.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, cluster_of
+from omnimamba.ops.cuda.hopper import is_hopper, structure, tensor_map
+from omnimamba.ops.triton.decode import LayerWeights, Shift
+
+SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "channels.cuh", "rows_product.cuh")
+N_TILES = (64, 72)
+MAX_ROWS = 256
+STEP = 64  # columns of a stage
+CLUSTERS = {"project_in": 2, "project_out": 4}
+STAGES = {"project_in": {1: (13, 8), 2: (9, 6), 4: (7, 4)}, "project_out": {1: (16, 6), 2: (8, 4), 4: (5, 3)}}
+"""By tiles of 64 rows: of weights, of rows. Those of one tile leave room for the kernel before and the one after."""
+
+# as in the sources
+InArguments = structure(("u", "weights"), ("squares", "out"), (), ("rows", "n", "k", "num_squares"), ("eps",))
+OutArguments = structure(
+    ("u", "weights"),
+    ("squares", "residual", "norm", "next", "next_squares", "conv", "slots", "newest"),
+    ("conv_slot", "first"),
+    ("rows", "n", "k", "num_squares"),
+    ("eps",),
+)
+
+
+class Rows(NamedTuple):
+    """What is to be projected."""
+
+    values: Tensor
+    """[b, k] bf16."""
+    squares: Tensor | None
+    """[b, any] fp32, whose sum is that of a row's squares, by whose mean's root it has yet to be divided; None: it has been."""
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for."""
+
+    kernel: str
+    n_tile: int
+    m_tiles: int
+    d_state: int
+
+    def defines(self) -> dict[str, Any]:
+        weight_stages, row_stages = STAGES[self.kernel][self.m_tiles]
+        cluster = CLUSTERS[self.kernel]
+        return {
+            "N_TILE": self.n_tile, "M_TILES": self.m_tiles, "D_STATE": self.d_state, "CLUSTER": cluster,
+            "SHARING": cluster if self.kernel == "project_in" else 1, "WEIGHT_STAGES": weight_stages, "ROW_STAGES": row_stages,
+            "SHARED_BYTES": self.shared_bytes,
+        }  # fmt: skip
+
+    @property
+    def threads(self) -> int:
+        return 160 * self.m_tiles + 64
+
+    @property
+    def shared_bytes(self) -> int:
+        weight_stages, row_stages = STAGES[self.kernel][self.m_tiles]
+        parts = 64 * self.m_tiles * self.n_tile * 4 if self.kernel == "project_out" else 0
+        rows = 64 * self.m_tiles
+        return 2 * STEP * (weight_stages * self.n_tile + row_stages * rows) + parts + 4 * rows + 16 * (weight_stages + row_stages) + 1088
+
+
+@functools.cache
+def kernel_of(shape: Shape, device: torch.device) -> Kernel:
+    return Kernel((*SOURCES, f"{shape.kernel}.cu"), shape.kernel, shape.defines(), shared_bytes=shape.shared_bytes, device=device)
+
+
+@functools.cache
+def shape_of(kernel: str, b: int, n: int, d_state: int, device: torch.device) -> Shape:
+    """Outputs of a block are so many that all blocks are at work at once, if that can be."""
+    m_tiles = next(tiles for tiles in (1, 2, 4) if b <= 64 * tiles)
+
+    def cost(n_tile: int) -> tuple[int, int]:
+        shape = Shape(kernel, n_tile, m_tiles, d_state)
+        at_once = kernel_of(shape, device).clusters_at_once(CLUSTERS[kernel], shape.threads)
+        at_once *= CLUSTERS[kernel] if kernel == "project_in" else 1
+        return -(-num_tiles(shape, n) // at_once) * n_tile, n_tile
+
+    return Shape(kernel, min(N_TILES, key=cost), m_tiles, d_state)
+
+
+def fits(layer: LayerWeights, b: int, device: torch.device) -> bool:
+    """Whether the kernels can project b rows of such layers: all in bf16, of whole steps of columns."""
+    floats = (layer.norm, layer.packed, layer.out_proj.values, layer.conv)
+    return (
+        is_hopper(device)
+        and b <= MAX_ROWS
+        and all(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in floats)
+        and layer.conv.shape[2] == 4
+        and layer.packed is not None
+        and layer.packed.shape[0] % 2 == 0
+        and layer.packed.shape[1] % STEP == 0
+        and layer.out_proj.values.shape[1] % (STEP * CLUSTERS["project_out"]) == 0
+        and layer.ssm.shape[3] % 16 == 0
+    )
+
+
+def num_tiles(shape: Shape, n: int) -> int:
+    return -(-n // shape.n_tile)
+
+
+def num_squares(layer: LayerWeights, b: int, device: torch.device) -> int:
+    """Partial sums of a row's squares that `project_out` leaves."""
+    n = layer.out_proj.values.shape[0]
+    return num_tiles(shape_of("project_out", b, n, layer.ssm.shape[3], device), n)
+
+
+def launch(shape: Shape, arguments: ctypes.Structure, blocks: int, device: torch.device, pdl: bool) -> None:
+    attributes = [cluster_of(CLUSTERS[shape.kernel])] + [PROGRAMMATIC] * pdl
+    kernel_of(shape, device)(arguments, blocks=blocks, threads=shape.threads, attributes=attributes)
+
+
+def maps_of(shape: Shape, rows: Rows, weight: Tensor) -> list[Any]:
+    sharing = shape.defines()["SHARING"]
+    return [tensor_map(rows.values[None], 64 * shape.m_tiles // sharing), tensor_map(weight[None], shape.n_tile)]
+
+
+def squares_of(rows: Rows) -> tuple[int | None, int]:
+    return (None, 0) if rows.squares is None else (rows.squares.data_ptr(), rows.squares.shape[1])
+
+
+def project_in(rows: Rows, weight: Tensor, out: Tensor, *, eps: float, pdl: bool = False) -> None:
+    """out [b, n] = normed rows @ weight.T, all bf16. weight: [n, k]."""
+    b, n = out.shape
+    shape = shape_of("project_in", b, n, 0, out.device)
+    squares, num = squares_of(rows)
+    arguments = InArguments(*maps_of(shape, rows, weight), squares, out.data_ptr(), b, n, weight.shape[1], num, eps)
+    cluster = CLUSTERS[shape.kernel]
+    launch(shape, arguments, -(-num_tiles(shape, n) // cluster) * cluster, out.device, pdl)
+
+
+def project_out(
+    rows: Rows, weight: Tensor, residual: Tensor, norm: Tensor, made: Rows, shift: Shift | None, *, eps: float, pdl: bool = False
+) -> None:
+    """residual [b, n] fp32 gains normed rows @ weight.T; `made` becomes the new residual times `norm` [n], yet to be divided.
+
+    weight: [n, k]; made: values [b, n] bf16, squares [b, num_squares]; shift: see `ops.triton.decode.shift_conv_state`.
+    """
+    b, n = residual.shape
+    d_state = 16 if shift is None else shift.newest.shape[1] // 2
+    shape = shape_of("project_out", b, n, d_state, residual.device)
+    squares, num = squares_of(rows)
+    assert made.squares is not None and made.squares.shape[1] == num_tiles(shape, n)
+    outputs = [tensor.data_ptr() for tensor in (residual, norm, made.values, made.squares)]
+    conv, conv_slot, first = ([None] * 3, 0, 0)
+    if shift is not None:
+        conv = [tensor.data_ptr() for tensor in (shift.conv, shift.slots, shift.newest)]
+        conv_slot, first = shift.conv.stride(0), (shift.conv.shape[1] - 2 * d_state) * shift.conv.shape[2]
+    arguments = OutArguments(*maps_of(shape, rows, weight), squares, *outputs, *conv, conv_slot, first, b, n, weight.shape[1], num, eps)
+    launch(shape, arguments, num_tiles(shape, n) * CLUSTERS[shape.kernel], residual.device, pdl)

@@ -1,0 +1,136 @@
+"""Projections of a batch's rows: on a CPU the kernels' sources, threads, tensor cores and clusters emulated; on a GPU the launches."""
+
+import ctypes
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from omnimamba.ops.cuda import compile, hopper, project_rows
+from omnimamba.ops.cuda.project_rows import Rows, Shape
+from omnimamba.ops.triton.decode import Shift
+
+EPS, D_STATE, NUM_SLOTS = 1e-5, 16, 5
+
+
+@pytest.fixture
+def emulate(emulated, box_description, monkeypatch):
+    def launch(shape, arguments, blocks, device, pdl) -> None:
+        library = emulated(f"{shape.kernel}.cpp", shape.defines())
+        assert library.emulate(ctypes.byref(arguments), blocks, blocks), "threads waited for each other"
+
+    monkeypatch.setattr(project_rows, "launch", launch)
+    monkeypatch.setattr(project_rows, "tensor_map", box_description)
+
+    def use(n_tile: int) -> None:
+        def shape_of(kernel, b, n, d_state, device) -> Shape:
+            return Shape(kernel, n_tile, next(tiles for tiles in (1, 2, 4) if b <= 64 * tiles), d_state)
+
+        monkeypatch.setattr(project_rows, "shape_of", shape_of)
+
+    return use
+
+
+class Projecting:
+    """Rows, a weight and all else at random, and what becomes of them."""
+
+    def __init__(self, b: int, n: int, k: int, num_squares: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(b)
+
+        def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.b, self.n, self.k, self.device = b, n, k, device
+        self.weight, self.norm = random(n, k), random(n)
+        self.rows = Rows(random(b, k), random(b, num_squares, dtype=torch.float32).square() * k / num_squares if num_squares else None)
+        self.residual = random(b, n, dtype=torch.float32)
+        self.conv, self.newest = random(NUM_SLOTS, 3 + 2 * D_STATE, 4), random(b, 2 * D_STATE, dtype=torch.float32)
+        self.slots = torch.tensor([[2, -1, 4, 0][i] if i < 4 else -1 for i in range(b)], device=device)
+
+    def expected(self) -> Tensor:
+        product = self.rows.values.double() @ self.weight.double().T
+        if self.rows.squares is None:
+            return product
+        return product / (self.rows.squares.double().sum(1, keepdim=True) / self.k + EPS).sqrt()
+
+    def nan(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.full(shape, torch.nan, device=self.device, dtype=dtype)
+
+    def assert_projects_in(self, *, pdl: bool = False) -> None:
+        out = self.nan(self.b, self.n)
+        project_rows.project_in(self.rows, self.weight, out, eps=EPS, pdl=pdl)
+        assert_near(out, self.expected(), 4e-3)
+
+    def assert_projects_out(self, *, shifts: bool, pdl: bool = False) -> None:
+        num = project_rows.num_tiles(project_rows.shape_of("project_out", self.b, self.n, D_STATE, torch.device(self.device)), self.n)
+        made = Rows(self.nan(self.b, self.n), self.nan(self.b, num, dtype=torch.float32))
+        expected, conv = self.residual + self.expected(), self.conv.clone()
+        shift = Shift(self.conv, self.slots, self.newest) if shifts else None
+        project_rows.project_out(self.rows, self.weight, self.residual, self.norm, made, shift, eps=EPS, pdl=pdl)
+        assert_near(self.residual, expected, 2e-6)
+        assert_near(made.values, expected * self.norm.double(), 4e-3)
+        assert_near(made.squares.double().sum(1), expected.square().sum(1), 4e-6)
+        if shifts:
+            for row in (self.slots >= 0).nonzero()[:, 0].tolist():
+                channels = conv[self.slots[row], 3:]
+                channels[:] = torch.cat([channels[:, 1:], self.newest[row, :, None].bfloat16()], 1)
+        assert torch.equal(self.conv, conv)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error <= tolerance, error  # not so for NaN
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "k", "n_tile", "num_squares"),
+    [
+        (1, 64, 64, 64, 0),  # one step, and a tile of the cluster's two
+        (64, 300, 640, 64, 9),
+        (33, 146, 512, 72, 1),
+        (100, 130, 192, 64, 5),
+    ],
+)
+def test_the_emulated_project_in(emulate, b, n, k, n_tile, num_squares):
+    emulate(n_tile)
+    Projecting(b, n, k, num_squares, "cpu").assert_projects_in()
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "k", "n_tile", "num_squares"),
+    [
+        (1, 64, 256, 64, 0),
+        (64, 200, 1792, 64, 17),
+        (40, 100, 512, 72, 3),
+        (100, 130, 256, 64, 5),
+    ],
+)
+def test_the_emulated_project_out(emulate, b, n, k, n_tile, num_squares):
+    emulate(n_tile)
+    Projecting(b, n, k, num_squares, "cpu").assert_projects_out(shifts=b != 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("b", [1, 63, 64, 65, 128, 200, 256])
+@pytest.mark.parametrize(("n", "k"), [(8528, 2048), (2048, 4096), (70, 256), (2208, 512)])
+def test_the_launches(b, n, k, pdl):
+    if not hopper.is_hopper(torch.device("cuda", 0)):
+        pytest.skip("not a Hopper GPU")
+    Projecting(b, n, k, 29, "cuda").assert_projects_in(pdl=pdl)
+    Projecting(b, n, k, 0 if b == 64 else 256, "cuda").assert_projects_out(shifts=b != 128, pdl=pdl)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["project_in", "project_out"])
+@pytest.mark.parametrize(("n_tile", "m_tiles"), [(64, 1), (72, 1), (64, 2), (72, 4)])
+def test_it_compiles(kernel, n_tile, m_tiles):
+    """Without a register spilled, and without products that wait for each other."""
+    shape = Shape(kernel, n_tile, m_tiles, 128)
+    _, log = compile.compile_cubin((*project_rows.SOURCES, f"{kernel}.cu"), shape.defines(), "sm_90a")
+    assert "warning" not in log and "wgmma" not in log, log
+    spilled = re.search(r"(\d+) bytes spill stores", log)
+    assert spilled and int(spilled[1]) == 0, log
