@@ -4,10 +4,10 @@
 
 Needs a CUDA device, torch and triton. A step of few layers is first compared with the plain PyTorch step (logits, states, sampled tokens;
 fp32, bf16 and quantised; several slots out of order, padding rows, both tasks in one batch, poisoned buffers), one and two rows by the
-kernel of a whole step and by the vector kernels, more by matrix products, and the engine with the plain engine. What is off is not timed,
-and the exit code is 1. Bytes per step count each weight and state once read, and each state once written; their rate is set beside the
-read bandwidth measured in the same run. Then whole requests run through the engine, prompts included. `--sweep` also tries other launch
-choices, `--parts` times each kernel by itself. The last line on stdout is JSON.
+kernel of a whole step and by the vector kernels, more by matrix products, on Hopper by its own kernels, and the engine with the plain
+engine. What is off is not timed, and the exit code is 1. Bytes per step count each weight and state once read, and each state once
+written; their rate is set beside the read bandwidth measured in the same run. Then whole requests run through the engine, prompts
+included. `--sweep` also tries other launch choices, `--parts` times each kernel by itself. The last line on stdout is JSON.
 """
 
 import argparse
@@ -202,7 +202,7 @@ def sweep(
 def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int) -> Iterator[tuple[str, float, float]]:
     """(kernel, microseconds per layer, TB/s) of each kernel alone, run for all layers in one graph; batch 1 and 64."""
     from omnimamba.engine.decoder import FusedDecoder
-    from omnimamba.ops.cuda import mix_rows
+    from omnimamba.ops.cuda import mix_rows, project_rows
     from omnimamba.ops.triton import decode as kernels
 
     config = model.config.backbone
@@ -253,11 +253,29 @@ def parts(model: OmniMambaModel, image_table: Tensor, device: str, repeats: int)
             }
             streamed = mix_rows.device_shape(decoder.layers[0], b, model.device)
             if streamed is not None:
-                made = mix_rows.Mixed(gated, torch.zeros(b, streamed.row_tiles, device=device), newest)
+                made = mix_rows.Mixed(gated, torch.zeros(b, streamed.row_chunks, device=device), newest)
+                counter = torch.zeros(1, dtype=torch.int32, device=device)
                 runs["mix, streamed"] = (
-                    lambda l, shape=streamed: mix_rows.mix_rows(shape, projected, l, rows.slots, rows.is_t2i, made, pdl=pdl),
+                    lambda l, shape=streamed: mix_rows.mix_rows(shape, projected, l, rows.slots, rows.is_t2i, made, counter, pdl=pdl),
                     2 * b * decoder.layers[0].ssm[0].nbytes,
                 )
+            if decoder.path(b) == "hopper":
+                num_squares = project_rows.num_squares(decoder.layers[0], b, model.device)
+                entering, leaving = (
+                    project_rows.Rows(values, torch.ones(b, num, device=device)) for values, num in ((u, num_squares), (gated, 16))
+                )
+                runs |= {
+                    "in_proj, normed": (
+                        lambda l: project_rows.project_in(entering, l.packed, projected, eps=eps, pdl=pdl),
+                        decoder.layers[0].in_proj.values.nbytes,
+                    ),
+                    "out_proj, normed": (
+                        lambda l: project_rows.project_out(
+                            leaving, l.out_proj.values, x, l.norm, entering, kernels.Shift(l.conv, rows.slots, newest), eps=eps, pdl=pdl
+                        ),
+                        decoder.layers[0].out_proj.values.nbytes,
+                    ),
+                }
         for name, (run, num_bytes) in runs.items():
 
             def all_layers(run: Callable[[Any], Any] = run) -> None:

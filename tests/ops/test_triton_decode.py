@@ -16,7 +16,7 @@ from omnimamba.engine.runner import DecodeSample, Runner
 from omnimamba.engine.sampler import SamplingRows, guide, sample, stream_key
 from omnimamba.model.omnimamba import OmniMambaModel, cast
 from omnimamba.model.quantize import quantize_model
-from omnimamba.ops.cuda import mix_rows
+from omnimamba.ops.cuda import mix_rows, project_rows
 from omnimamba.ops.quant import QuantizedWeight
 from omnimamba.ops.triton import decode as kernel
 from omnimamba.ops.triton import decode_sample as sampling
@@ -126,26 +126,51 @@ def test_a_step_equals_the_plain_one(model, monkeypatch, path, name, dtype):
         assert torch.equal(getattr(runner.state, part)[:, idle], getattr(before, part)[:, idle])
 
 
-def test_a_step_whose_states_are_streamed(model, monkeypatch):
-    """What is around `mix_rows`, in whose place Triton's kernel makes the same (tests/ops/cuda has its own tests)."""
+def plain_mix_rows(shape, projected, layer, slots, is_t2i, mixed, counter, *, pdl):
+    y = torch.full(mixed.gated.shape, torch.nan, device=projected.device)
+    kernel.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, slots, is_t2i, y, mixed.newest, pdl=pdl)
+    mixed.gated.copy_(y * layer.gated_norm)
+    mixed.squares.copy_(y.square().unflatten(1, (shape.row_chunks, -1)).sum(2))
+    counter += 1
+
+
+def normed(rows: project_rows.Rows, eps: float) -> Tensor:
+    if rows.squares is None:
+        return rows.values
+    return rows.values / (rows.squares.sum(1, keepdim=True) / rows.values.shape[1] + eps).sqrt()
+
+
+def plain_project_in(rows, weight, out, *, eps, pdl):
+    out.copy_(normed(rows, eps) @ weight.T)
+
+
+def plain_project_out(rows, weight, residual, norm, made, shift, *, eps, pdl):
+    residual += normed(rows, eps) @ weight.T
+    made.values.copy_(residual * norm)
+    made.squares.copy_(residual.square().unflatten(1, (made.squares.shape[1], -1)).sum(2))
+    for slot, newest in zip(shift.slots.tolist(), shift.newest, strict=True):
+        if slot >= 0:
+            channels = shift.conv[slot, -len(newest) :]
+            channels.copy_(torch.cat([channels[:, 1:], newest[:, None]], 1))
+
+
+@pytest.mark.parametrize("path", ["matrix", "hopper"])
+def test_a_step_whose_states_are_streamed(model, monkeypatch, path):
+    """What is around `mix_rows` and `project_rows`, in whose place others make the same (tests/ops/cuda has their own tests)."""
     shape = mix_rows.Shape(model.config.backbone.d_inner, 4, 512, 3, False, 3)  # tiles of two channels
-    calls = []
-
-    def streamed(shape, projected, layer, slots, is_t2i, mixed, *, pdl):
-        calls.append(layer)
-        y = torch.full(mixed.gated.shape, torch.nan, device=projected.device)
-        kernel.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, slots, is_t2i, y, mixed.newest, pdl=pdl)
-        mixed.gated.copy_(y * layer.gated_norm)
-        mixed.squares.copy_(y.square().unflatten(1, (shape.row_chunks, -1)).sum(2))
-
     monkeypatch.setattr(mix_rows, "device_shape", lambda layer, num_rows, device: shape)
-    monkeypatch.setattr(mix_rows, "mix_rows", streamed)
+    monkeypatch.setattr(mix_rows, "mix_rows", plain_mix_rows)
+    monkeypatch.setattr(project_rows, "fits", lambda layer, b, device: path == "hopper")
+    monkeypatch.setattr(project_rows, "num_squares", lambda layer, b, device: 4)
+    monkeypatch.setattr(project_rows, "project_in", plain_project_in)
+    monkeypatch.setattr(project_rows, "project_out", plain_project_out)
     batch, options = BATCHES["padded"], DecodeOptions(max_vector_rows=0, min_streamed_rows=3)
     runner, expected = runner_of(model), runner_of(model)
     decoder = FusedDecoder(model, runner.state, runner.image_table, options=options)
+    assert decoder.path(4) == path and decoder.path(2) == "matrix"
     poison(decoder, monkeypatch)
     found, rows = decoder.logits(batch), rows_of(batch)
-    assert len(calls) == len(decoder.layers)
+    assert (decoder._counters == 1).all(), "each layer has its own"
     logits = expected.decode([slot for slot, _ in rows], [s.task for _, s in rows], [s.token for _, s in rows])
     for task, wanted in logits.items():
         assert_near(found[task][[i for i, (_, s) in enumerate(rows) if s.task is task]], wanted, 1e-5)

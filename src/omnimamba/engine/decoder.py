@@ -105,7 +105,7 @@ class FusedDecoder:
         self.text_flags[list(suppressed_ids)] |= sampling.SUPPRESSED.value
         self.text_flags[list(stop_ids)] |= sampling.STOPS.value
         self._dtype = self.final_norm.dtype
-        self.counters = torch.zeros(len(self.layers), 1, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(len(self.layers), 1, dtype=torch.int32, device=device)
         self._width = config.backbone.d_in_proj + self.layers[0].lora.A.shape[0]
         self._buckets: dict[int, _Bucket] = {}
         self._graphs: dict[tuple[int, frozenset[Task], bool], torch.cuda.CUDAGraph] = {}
@@ -210,14 +210,17 @@ class FusedDecoder:
         b, rows = bucket.b, bucket.rows
         residual = self._buffer("residual", b, self.config.backbone.d_model, torch.float32)
         kernels.embed(rows.tokens, rows.is_t2i, rows.slots, self.state.position, self.embedding, residual, pdl=self.pdl)
-        step = {"one launch": self._one_launch, "vector": self._vector_step, "projected": self._projected_step, "matrix": self._matrix_step}[self.path(b)]
-        return step(b, rows, residual, tasks)
+        steps = {"one launch": self._one_launch, "vector": self._vector_step, "matrix": self._matrix_step, "hopper": self._hopper_step}
+        return steps[self.path(b)](b, rows, residual, tasks)
 
     def path(self, b: int) -> str:
-        """How a bucket of b rows is computed: `one launch`, `vector` or `matrix`, see `DecodeOptions`."""
+        """How a bucket of b rows is computed: `one launch`, `vector`, `hopper` or `matrix`, see `DecodeOptions`."""
         if b > self.options.max_vector_rows:
-            return "projected" if USE_HOPPER and project_rows.fits(self.layers[0], b, self.device) else "matrix"
+            return "hopper" if self._streamed(b) and project_rows.fits(self.layers[0], b, self.device) else "matrix"
         return "one launch" if self.options.use_one_launch is not False and self._shape(b) else "vector"
+
+    def _streamed(self, b: int) -> mix_rows.Shape | None:
+        return mix_rows.device_shape(self.layers[0], b, self.device) if b >= self.options.min_streamed_rows else None
 
     def _shape(self, b: int) -> Shape | None:
         return device_shape(self.layers[0], list(self.heads.values()), b, self.device)
@@ -268,9 +271,9 @@ class FusedDecoder:
             mixed = self._buffer("mixed parts", num_parts * b, config.d_model, torch.float32).view(num_parts, b, -1)
         else:
             mixed = self._buffer("mixed", b, config.d_model, self._dtype)
-        streamed = mix_rows.device_shape(self.layers[0], b, self.device) if b >= self.options.min_streamed_rows else None
+        streamed = self._streamed(b)
         behind: dict[str, Any] = {}  # what the next norm does for a layer
-        for i, layer in enumerate(self.layers):
+        for layer, counter in zip(self.layers, self._counters, strict=True):
             kernels.norm(residual, layer.norm, u, eps=self.eps, **behind, pdl=self.pdl)
             if has_own_in_proj and layer.packed is not None:
                 kernels.multiply_parts(u, layer.packed, projected[None], pdl=self.pdl)
@@ -283,10 +286,9 @@ class FusedDecoder:
                 kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
                 kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=shift, pdl=self.pdl)
             else:
-                squares = self._buffer("squares", b, streamed.row_chunks, torch.float32)
-                behind |= {"squares": Squares(squares, config.d_inner), "shift": shift}
-                made = mix_rows.Mixed(gated, squares, newest, self.counters[i])
-                mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, made, pdl=self.pdl)
+                mixed_rows = self._mixed(b, streamed)
+                behind |= {"squares": Squares(mixed_rows.squares, config.d_inner), "shift": shift}
+                mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, mixed_rows, counter, pdl=self.pdl)
             if num_parts:
                 kernels.multiply_parts(gated, layer.out_proj.values, mixed, pdl=self.pdl)
             else:
@@ -294,34 +296,35 @@ class FusedDecoder:
         kernels.norm(residual, self.final_norm, u, eps=self.eps, **behind, pdl=self.pdl)
         return self._matrix_logits(b, u, tasks)
 
-    def _projected_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
-        """The same by products that norm what they read (`ops/cuda/project_rows.py`)."""
-        config = self.config.backbone
-        num = project_rows.num_squares(self.layers[0], b, self.device)
-        u = project_rows.Rows(self._buffer("u", b, config.d_model, self._dtype), self._buffer("u squares", b, num, torch.float32))
+    def _hopper_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
+        """The same in three kernels a layer, without any for norms."""
+        config, streamed = self.config.backbone, self._streamed(b)
+        assert streamed is not None
+        num_squares = project_rows.num_squares(self.layers[0], b, self.device)
+        u = project_rows.Rows(self._buffer("u", b, config.d_model, self._dtype), self._buffer("u squares", b, num_squares, torch.float32))
         projected = self._buffer("matrix projected", b, self._width, self._dtype)
-        newest = self._buffer("newest", b, 2 * config.d_state, torch.float32)
-        gated = self._buffer("gated", b, config.d_inner, self._dtype)
-        streamed = mix_rows.device_shape(self.layers[0], b, self.device) if b >= self.options.min_streamed_rows else None
-        norms = [*(layer.norm for layer in self.layers[1:]), self.final_norm]
+        mixed = self._mixed(b, streamed)
+        gated = project_rows.Rows(mixed.gated, mixed.squares)
         kernels.norm(residual, self.layers[0].norm, u.values, eps=self.eps, pdl=self.pdl)
-        for i, (layer, norm) in enumerate(zip(self.layers, norms, strict=True)):
-            normed = u if i else project_rows.Rows(u.values, None)
-            project_rows.project_in(normed, layer.packed, projected, eps=self.eps, pdl=self.pdl)
-            shift: Shift | None = Shift(layer.conv, rows.slots, newest)
-            if streamed is None:
-                y = self._buffer("y", b, config.d_inner, torch.float32)
-                kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
-                kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=shift, pdl=self.pdl)
-                mixed, shift = project_rows.Rows(gated, None), None
-            else:
-                squares = self._buffer("squares", b, streamed.row_chunks, torch.float32)
-                mixed = project_rows.Rows(gated, squares)
-                made = mix_rows.Mixed(gated, squares, newest, self.counters[i])
-                mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, made, pdl=self.pdl)
-            project_rows.project_out(mixed, layer.out_proj.values, residual, norm, u, shift, eps=self.eps, pdl=self.pdl)
+        entering = project_rows.Rows(u.values, None)  # normed, unlike what `project_out` makes
+        next_norms = [*(layer.norm for layer in self.layers[1:]), self.final_norm]
+        for layer, counter, next_norm in zip(self.layers, self._counters, next_norms, strict=True):
+            assert layer.packed is not None
+            project_rows.project_in(entering, layer.packed, projected, eps=self.eps, pdl=self.pdl)
+            mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, mixed, counter, pdl=self.pdl)
+            shift = Shift(layer.conv, rows.slots, mixed.newest)
+            project_rows.project_out(gated, layer.out_proj.values, residual, next_norm, u, shift, eps=self.eps, pdl=self.pdl)
+            entering = u
         kernels.norm(residual, self.final_norm, u.values, eps=self.eps, pdl=self.pdl)
         return self._matrix_logits(b, u.values, tasks)
+
+    def _mixed(self, b: int, streamed: mix_rows.Shape) -> mix_rows.Mixed:
+        config = self.config.backbone
+        return mix_rows.Mixed(
+            self._buffer("gated", b, config.d_inner, self._dtype),
+            self._buffer("squares", b, streamed.row_chunks, torch.float32),
+            self._buffer("newest", b, 2 * config.d_state, torch.float32),
+        )
 
     def _matrix_logits(self, b: int, u: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
         logits = {}
@@ -376,8 +379,6 @@ def multiply(u: Tensor, weight: Weight, out: Tensor) -> None:
     else:
         torch.mul(u @ weight.values.to(u.dtype).T, weight.scale, out=out)
 
-
-USE_HOPPER = True
 
 def multiply_with_lora(u: Tensor, layer: LayerWeights, out: Tensor) -> None:
     """out [b, n + 2 * r] = u @ in_proj.T, followed by u @ lora_A.T."""

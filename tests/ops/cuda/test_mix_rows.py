@@ -63,12 +63,12 @@ class Mixing:
             torch.full((b, self.d_inner), torch.nan, device=device, dtype=torch.bfloat16),
             torch.full((b, shape.row_chunks), torch.nan, device=device),
             torch.full((b, 2 * self.n), torch.nan, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
         )
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
-    def values(self) -> tuple[Tensor, LayerWeights, Tensor, Tensor, Mixed]:
-        return self.projected, self.layer, self.slots, self.is_t2i, self.mixed
+    def values(self) -> tuple[Tensor, LayerWeights, Tensor, Tensor, Mixed, Tensor]:
+        return self.projected, self.layer, self.slots, self.is_t2i, self.mixed, self.counter
 
     def assert_mixes(self, mix) -> None:
         """`mix()` computes what the operators do in fp32, and touches nothing else."""
@@ -93,9 +93,8 @@ class Mixing:
             assert torch.equal(layer.conv[slots, : self.d_inner], conv[:, : self.d_inner].bfloat16())
         assert torch.equal(layer.conv[:, self.d_inner :], before[0][:, self.d_inner :])
         assert torch.equal(layer.conv[others], before[0][others]) and torch.equal(layer.ssm[others], before[1][others])
-        *numbers, counter = self.mixed
-        assert all(part[~live].isnan().all() for part in numbers)
-        assert counter == 0
+        assert all(part[~live].isnan().all() for part in self.mixed)
+        assert self.counter == 0
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -89,9 +89,9 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     ("b", "n", "k", "n_tile", "num_squares"),
     [
         (1, 64, 64, 64, 0),  # one step, and a tile of the cluster's two
-        (64, 300, 640, 64, 9),
-        (33, 146, 512, 72, 1),
-        (100, 130, 192, 64, 5),
+        (64, 296, 640, 64, 9),
+        (33, 152, 512, 72, 1),
+        (100, 136, 192, 64, 5),
     ],
 )
 def test_the_emulated_project_in(emulate, b, n, k, n_tile, num_squares):
@@ -116,7 +116,7 @@ def test_the_emulated_project_out(emulate, b, n, k, n_tile, num_squares):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("b", [1, 63, 64, 65, 128, 200, 256])
-@pytest.mark.parametrize(("n", "k"), [(8528, 2048), (2048, 4096), (70, 256), (2208, 512)])
+@pytest.mark.parametrize(("n", "k"), [(8528, 2048), (2048, 4096), (72, 256), (2208, 512)])
 def test_the_launches(b, n, k, pdl):
     if not hopper.is_hopper(torch.device("cuda", 0)):
         pytest.skip("not a Hopper GPU")

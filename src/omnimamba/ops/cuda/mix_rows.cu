@@ -20,16 +20,17 @@ constexpr int HEADDIM = D_INNER / NUM_HEADS;
 constexpr int CHANNEL_BYTES = D_STATE * STATE_BYTES;
 constexpr int TILE = TILE_BYTES / CHANNEL_BYTES;  // channels
 constexpr int CHUNK_TILES = CHUNK / TILE, ROW_CHUNKS = D_INNER / CHUNK;
-constexpr int AT_ONCE = 8;                             // channels whose states a lane has in registers
-constexpr int PREPARING = NUM_PREPARING * WARP;        // threads
+constexpr int AT_ONCE = 8;                                          // channels whose states a lane has in registers
+constexpr int PREPARING = NUM_PREPARING * WARP;                     // threads
 constexpr int OWN = (CHUNK + PREPARING - 1) / PREPARING;            // channels of a chunk that a thread prepares
 constexpr int OWN_B_C = (2 * D_STATE + PREPARING - 1) / PREPARING;  // numbers of B and C
-constexpr int THREADS = NUM_WARPS * WARP + PREPARING;  // and so many rows at most
+constexpr int THREADS = NUM_WARPS * WARP + PREPARING;               // and so many rows at most
 
-// Chunks of a block that are known ahead of the one that is prepared, enough for the rings, and the places where they stand.
-constexpr int AHEAD = (NUM_STAGES * NUM_WARPS + CHUNK_TILES - 1) / CHUNK_TILES, PLACES = AHEAD + 3;
+// Chunks of a block that are known ahead of the one that is prepared, no more than the rings need, and the places where they stand; the last
+// of the preparing warps adds up what those that update states have found of a chunk.
+constexpr int AHEAD = (NUM_STAGES * NUM_WARPS - 1) / CHUNK_TILES, PLACES = AHEAD + 3;
 constexpr int NONE = -1;
-constexpr int FINISHING = PREPARING / WARP - 1;  // the warp that adds up what those that update states have found of a chunk
+constexpr int FINISHING = NUM_PREPARING - 1;
 
 static_assert(TILE % AT_ONCE == 0 && HEADDIM % TILE == 0 && CHUNK % TILE == 0 && D_INNER % CHUNK == 0 && CHUNK_TILES <= WARP);
 
@@ -73,7 +74,7 @@ struct Shared {
     Channel channels[2][CHUNK];  // of two chunks in turn
     float B_C[2][2 * D_STATE];   // of their rows
     float squares[2][CHUNK_TILES];
-    Row rows[THREADS];           // that are not padding
+    Row rows[THREADS];  // that are not padding
     int num_live[THREADS / WARP];
     int chunks[PLACES];  // which ones the block takes, in turn; NONE from some time on
     u64 known[PLACES];   // chunks

@@ -95,9 +95,10 @@ class Shape(NamedTuple):
     @property
     def work_bytes(self) -> int:
         """Of a block's shared memory beside the rings, `Shared` in mix_rows.cu, or a little more."""
-        places = -(-MAX_STAGES * NUM_WARPS * self.tile // self.chunk) + 4
+        tiles = self.chunk // self.tile
+        places = (MAX_STAGES * NUM_WARPS - 1) // tiles + 3
         barriers = NUM_WARPS * MAX_STAGES + places + 4
-        return 2 * 24 * self.chunk + 16 * self.d_state + 8 * self.chunk // self.tile + 8 * MAX_ROWS + 4 * (THREADS // 32 + places) + 8 * barriers
+        return 2 * (24 * self.chunk + 8 * self.d_state + 4 * tiles) + 8 * MAX_ROWS + 4 * (THREADS // 32 + places) + 8 * barriers + 16
 
     @property
     def shared_bytes(self) -> int:
@@ -120,12 +121,10 @@ class Mixed(NamedTuple):
     """[b, row_chunks] fp32, whose sum is that of the squares of y * silu(z)."""
     newest: Tensor
     """[b, 2 * n] fp32: B and C before the convolution, for `ops.triton.decode.Shift`."""
-    counter: Tensor
-    """[1] int32, 0 before and after: by which blocks agree on who does what. Each layer has its own."""
 
 
-def arguments_of(projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed) -> Arguments:
-    tensors = (projected, layer.lora.B, *layer.mixer, layer.conv, layer.ssm, slots, is_t2i, layer.gated_norm, *mixed)
+def arguments_of(projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed, counter: Tensor) -> Arguments:
+    tensors = (projected, layer.lora.B, *layer.mixer, layer.conv, layer.ssm, slots, is_t2i, layer.gated_norm, *mixed, counter)
     strides = (projected.stride(0), layer.conv.stride(0), layer.ssm.stride(0))
     return Arguments(*(tensor.data_ptr() for tensor in tensors), *strides, slots.shape[0], layer.lora.scaling)
 
@@ -136,13 +135,15 @@ def kernel_of(shape: Shape, device: torch.device) -> Kernel:
 
 
 def mix_rows(
-    shape: Shape, projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed, *, pdl: bool = False
-) -> None:
+    shape: Shape, projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed, counter: Tensor, *,
+    pdl: bool = False,
+) -> None:  # fmt: skip
     """Fills `mixed`; the layer's SSM states and x's part of its conv states are updated in place.
 
-    projected: [b, z|x|B|C|dt|A u of MMU|A u of T2I] bf16; slots, is_t2i: [b] int64, a negative slot is padding.
+    projected: [b, z|x|B|C|dt|A u of MMU|A u of T2I] bf16; slots, is_t2i: [b] int64, a negative slot is padding; counter: [1] int32, 0
+    before and after, by which blocks agree on who does what: each layer of a step has its own.
     """
     device = projected.device
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    arguments = arguments_of(projected, layer, slots, is_t2i, mixed)
+    arguments = arguments_of(projected, layer, slots, is_t2i, mixed, counter)
     kernel_of(shape, device)(arguments, blocks=blocks, threads=THREADS, attributes=[PROGRAMMATIC] if pdl else [])

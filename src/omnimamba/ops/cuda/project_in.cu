@@ -7,7 +7,7 @@ struct Arguments {
     TensorMap u;           // [1, rows, k]
     TensorMap weights;     // [1, n, k]
     const float* squares;  // [rows, num_squares]: what the squares of a row sum up to; of none, rows are normed
-    u16* out;              // [rows, n]
+    u16* out;              // [rows, n], n a multiple of 8
     int rows, n, k, num_squares;
     float eps;
 };
@@ -24,13 +24,20 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int output) 
     float sums[NUM_SUMS];
     multiply_rows(shared.rings, arguments.k, sums);
     barrier_wait(&shared.scaled, 0);
+    named_sync<COMPUTING>();  // nobody reads the rings any more
+    u16(*made)[N_TILE] = (u16(*)[N_TILE])&shared.rings;  // [ROWS]
     const int first = threadIdx.x / GROUP * 64 + first_row();
-    const float scales[2] = {shared.scales[first], shared.scales[first + 8]};
 #pragma unroll
     for (int i = 0; i < NUM_SUMS / 2; i++) {
-        const int row = first + 8 * (i % 2), column = output + 8 * (i / 2) + first_column();
-        if (row >= arguments.rows || column >= arguments.n) continue;
-        *(u32*)(arguments.out + row * arguments.n + column) = pack_bf16(sums[2 * i] * scales[i % 2], sums[2 * i + 1] * scales[i % 2]);
+        const int row = first + 8 * (i % 2);
+        *(u32*)&made[row][8 * (i / 2) + first_column()] = pack_bf16(sums[2 * i] * shared.scales[row], sums[2 * i + 1] * shared.scales[row]);
+    }
+    __syncwarp();
+    constexpr int UNITS = N_TILE / 8;  // of 16 bytes
+    for (int i = threadIdx.x % 32; i < 16 * UNITS; i += 32) {
+        const int row = threadIdx.x / 32 * 16 + i / UNITS, column = i % UNITS * 8;
+        if (row >= arguments.rows || output + column >= arguments.n) continue;
+        *(uint4*)(arguments.out + row * arguments.n + output + column) = *(const uint4*)&made[row][column];
     }
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, cluster_of
-from omnimamba.ops.cuda.hopper import is_hopper, structure, tensor_map
+from omnimamba.ops.cuda.hopper import TensorMap, is_hopper, structure, tensor_map
 from omnimamba.ops.triton.decode import LayerWeights, Shift
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "channels.cuh", "rows_product.cuh")
@@ -23,7 +23,7 @@ MAX_ROWS = 256
 STEP = 64  # columns of a stage
 CLUSTERS = {"project_in": 2, "project_out": 4}
 STAGES = {"project_in": {1: (13, 8), 2: (9, 6), 4: (7, 4)}, "project_out": {1: (16, 6), 2: (8, 4), 4: (5, 3)}}
-"""By tiles of 64 rows: of weights, of rows. Those of one tile leave room for the kernel before and the one after."""
+"""Of weights and of rows, by how many times 64 rows there are, as far as shared memory goes. At 64 rows `project_out` holds all weights."""
 
 # as in the sources
 InArguments = structure(("u", "weights"), ("squares", "out"), (), ("rows", "n", "k", "num_squares"), ("eps",))
@@ -58,9 +58,14 @@ class Shape(NamedTuple):
         cluster = CLUSTERS[self.kernel]
         return {
             "N_TILE": self.n_tile, "M_TILES": self.m_tiles, "D_STATE": self.d_state, "CLUSTER": cluster,
-            "SHARING": cluster if self.kernel == "project_in" else 1, "WEIGHT_STAGES": weight_stages, "ROW_STAGES": row_stages,
+            "SHARING": self.cluster_tiles, "WEIGHT_STAGES": weight_stages, "ROW_STAGES": row_stages,
             "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
+
+    @property
+    def cluster_tiles(self) -> int:
+        """Of a cluster, whose blocks have one each, or one together."""
+        return CLUSTERS[self.kernel] if self.kernel == "project_in" else 1
 
     @property
     def threads(self) -> int:
@@ -68,10 +73,11 @@ class Shape(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        weight_stages, row_stages = STAGES[self.kernel][self.m_tiles]
-        parts = 64 * self.m_tiles * self.n_tile * 4 if self.kernel == "project_out" else 0
-        rows = 64 * self.m_tiles
-        return 2 * STEP * (weight_stages * self.n_tile + row_stages * rows) + parts + 4 * rows + 16 * (weight_stages + row_stages) + 1088
+        """`Shared` in the sources, which begins at a multiple of 1024, or a little more."""
+        rows, (weight_stages, row_stages) = 64 * self.m_tiles, STAGES[self.kernel][self.m_tiles]
+        rings = 2 * STEP * (weight_stages * self.n_tile + row_stages * rows) + 16 * (weight_stages + row_stages)
+        parts = 4 * rows * self.n_tile if self.kernel == "project_out" else 0
+        return 1024 + rings + parts + 4 * rows + 64
 
 
 @functools.cache
@@ -81,28 +87,27 @@ def kernel_of(shape: Shape, device: torch.device) -> Kernel:
 
 @functools.cache
 def shape_of(kernel: str, b: int, n: int, d_state: int, device: torch.device) -> Shape:
-    """Outputs of a block are so many that all blocks are at work at once, if that can be."""
+    """For b rows and n outputs. Tiles are so large that all are at work at once, if that can be."""
     m_tiles = next(tiles for tiles in (1, 2, 4) if b <= 64 * tiles)
 
     def cost(n_tile: int) -> tuple[int, int]:
         shape = Shape(kernel, n_tile, m_tiles, d_state)
-        at_once = kernel_of(shape, device).clusters_at_once(CLUSTERS[kernel], shape.threads)
-        at_once *= CLUSTERS[kernel] if kernel == "project_in" else 1
-        return -(-num_tiles(shape, n) // at_once) * n_tile, n_tile
+        tiles = kernel_of(shape, device).clusters_at_once(CLUSTERS[kernel], shape.threads) * shape.cluster_tiles
+        return -(-num_tiles(shape, n) // tiles) * n_tile, n_tile
 
     return Shape(kernel, min(N_TILES, key=cost), m_tiles, d_state)
 
 
 def fits(layer: LayerWeights, b: int, device: torch.device) -> bool:
     """Whether the kernels can project b rows of such layers: all in bf16, of whole steps of columns."""
-    floats = (layer.norm, layer.packed, layer.out_proj.values, layer.conv)
     return (
         is_hopper(device)
         and b <= MAX_ROWS
-        and all(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in floats)
-        and layer.conv.shape[2] == 4
         and layer.packed is not None
-        and layer.packed.shape[0] % 2 == 0
+        and all(tensor.dtype == torch.bfloat16 for tensor in (layer.norm, layer.packed, layer.out_proj.values, layer.conv))
+        and layer.packed.data_ptr() % 16 == layer.out_proj.values.data_ptr() % 16 == 0
+        and layer.conv.shape[2] == 4
+        and layer.packed.shape[0] % 8 == 0
         and layer.packed.shape[1] % STEP == 0
         and layer.out_proj.values.shape[1] % (STEP * CLUSTERS["project_out"]) == 0
         and layer.ssm.shape[3] % 16 == 0
@@ -124,9 +129,13 @@ def launch(shape: Shape, arguments: ctypes.Structure, blocks: int, device: torch
     kernel_of(shape, device)(arguments, blocks=blocks, threads=shape.threads, attributes=attributes)
 
 
-def maps_of(shape: Shape, rows: Rows, weight: Tensor) -> list[Any]:
-    sharing = shape.defines()["SHARING"]
-    return [tensor_map(rows.values[None], 64 * shape.m_tiles // sharing), tensor_map(weight[None], shape.n_tile)]
+def num_blocks(shape: Shape, n: int) -> int:
+    """Whole clusters."""
+    return -(-num_tiles(shape, n) // shape.cluster_tiles) * CLUSTERS[shape.kernel]
+
+
+def maps_of(shape: Shape, rows: Rows, weight: Tensor) -> list[TensorMap]:
+    return [tensor_map(rows.values[None], 64 * shape.m_tiles // shape.cluster_tiles), tensor_map(weight[None], shape.n_tile)]
 
 
 def squares_of(rows: Rows) -> tuple[int | None, int]:
@@ -134,13 +143,12 @@ def squares_of(rows: Rows) -> tuple[int | None, int]:
 
 
 def project_in(rows: Rows, weight: Tensor, out: Tensor, *, eps: float, pdl: bool = False) -> None:
-    """out [b, n] = normed rows @ weight.T, all bf16. weight: [n, k]."""
+    """out [b, n] = normed rows @ weight.T, all bf16. weight: [n, k], n a multiple of 8."""
     b, n = out.shape
     shape = shape_of("project_in", b, n, 0, out.device)
     squares, num = squares_of(rows)
     arguments = InArguments(*maps_of(shape, rows, weight), squares, out.data_ptr(), b, n, weight.shape[1], num, eps)
-    cluster = CLUSTERS[shape.kernel]
-    launch(shape, arguments, -(-num_tiles(shape, n) // cluster) * cluster, out.device, pdl)
+    launch(shape, arguments, num_blocks(shape, n), out.device, pdl)
 
 
 def project_out(
@@ -161,4 +169,4 @@ def project_out(
         conv = [tensor.data_ptr() for tensor in (shift.conv, shift.slots, shift.newest)]
         conv_slot, first = shift.conv.stride(0), (shift.conv.shape[1] - 2 * d_state) * shift.conv.shape[2]
     arguments = OutArguments(*maps_of(shape, rows, weight), squares, *outputs, *conv, conv_slot, first, b, n, weight.shape[1], num, eps)
-    launch(shape, arguments, num_tiles(shape, n) * CLUSTERS[shape.kernel], residual.device, pdl)
+    launch(shape, arguments, num_blocks(shape, n), residual.device, pdl)

@@ -9,7 +9,7 @@
 // The including code defines N_TILE, M_TILES (of 64 rows), CLUSTER (blocks), SHARING (1 or CLUSTER), WEIGHT_STAGES and ROW_STAGES (of 64
 // columns).
 
-constexpr int STEP = 64;                   // columns
+constexpr int STEP = 64;  // columns
 constexpr int ROWS = 64 * M_TILES, SHARE = ROWS / SHARING;
 constexpr int COMPUTING = M_TILES * GROUP;  // threads
 constexpr int THREADS = COMPUTING + (2 + M_TILES) * 32;
