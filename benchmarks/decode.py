@@ -113,10 +113,15 @@ def timed(
             decoder.replay(bucket, tasks, filtered)
 
     step_ms = milliseconds(steps, repeats, device, lambda: decoder.fill(batch)) / STEPS
+    block = decoder.start(batch, STEPS)
+    decoder.wait(block)
     start = time.perf_counter()
     for _ in range(repeats):
-        decoder.run(batch, STEPS)
-    synchronize(device)
+        following = decoder.go_on(block)
+        decoder.tokens(block)
+        assert following is not None
+        block = following
+    decoder.wait(block)
     block_ms = (time.perf_counter() - start) / repeats / STEPS * 1e3
     num_bytes = step_bytes(model, runner.state, case.task, len(rows_of(batch)))
     return {

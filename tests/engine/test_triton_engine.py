@@ -96,16 +96,43 @@ def test_a_stop_id_ends_a_text_within_a_block(engines, requests):
     assert sample.state is not None and sample.state.position.item() == len(requests[1].ids) + 16 + len(sample.tokens) - 1
 
 
+def longer(request: Request, num_tokens: int) -> Request:
+    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, max_new_tokens=num_tokens))
+
+
 def test_blocks_are_single_steps_while_prompts_come_in(engines, requests):
-    """A block of four where nobody waits; one step while a prompt is read; what is drawn comes in the order of steps."""
+    """A block of four where nobody waits, and the next one is under way; one step while a prompt is read; what is drawn comes in the order
+    of steps."""
     _, fused = engines(num_slots=4, max_prefill_tokens=16)
     events: list[Event] = []
-    first = fused.submit(requests[0], events.append)
+    image = longer(requests[0], 12)
+    first = fused.submit(image, events.append)
     while not events:
         fused.step()
     assert len(fused.step()) == 4
     fused.submit(requests[3])
-    assert [len([e for e in fused.step() if e.request_id == first])] == [1]
+    num = [len([e for e in fused.step() if e.request_id == first]) for _ in range(2)]
+    assert num == [4, 1], "the block that was under way, then a step"
     while fused.has_work:
         fused.step()
-    assert [event.token for event in events] == fused.run(requests[:1])[0][0].tokens
+    assert [event.token for event in events] == fused.run([image])[0][0].tokens
+
+
+def test_what_happens_while_a_block_is_under_way(engines, requests):
+    """A request is cancelled and another one gets its slots; the others' tokens stay what they are."""
+    plain, fused = engines(num_slots=4)
+    long = longer(requests[1], 14)
+    alone = [plain.run([request])[0][0].tokens for request in (long, requests[3])]
+    events: dict[str, list[Event]] = {"cancelled": [], "long": [], "late": []}
+    cancelled = fused.submit(longer(requests[0], 12), events["cancelled"].append)
+    fused.submit(long, events["long"].append)
+    while len(events["long"]) < 2:
+        fused.step()
+    assert fused._under_way is not None
+    fused.cancel(cancelled)
+    fused.submit(requests[3], events["late"].append)
+    while fused.has_work:
+        fused.step()
+    assert events["cancelled"][-1].finish_reason is FinishReason.CANCELLED
+    assert [[event.token for event in events[name]] for name in ("long", "late")] == alone
+    assert fused.step() == [] and fused._under_way is None and len(fused.scheduler.free) == 4

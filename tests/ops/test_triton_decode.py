@@ -272,6 +272,26 @@ def test_blocks_of_steps_equal_single_steps(model, path):
     assert torch.equal(runner.state.position, expected.state.position)
 
 
+def test_blocks_that_go_on(model):
+    """Until the last sample has ended, and no step more than it needs."""
+    batch = samples(((4, 4), T2I, DRAWN), ((5, 5), MMU, DRAWN), remaining=1) + samples(((3, 0), T2I, GUIDED), remaining=5)
+    runner, expected = runner_of(model), runner_of(model)
+    options = DecodeOptions(max_vector_rows=0, max_steps=2)
+    decoder = FusedDecoder(model, runner.state, runner.image_table, stop_ids=STOPS, suppressed_ids=SUPPRESSED, options=options)
+    replay, num_steps = decoder.replay, []
+    decoder.replay = lambda *args: (num_steps.append(1), replay(*args))
+    block, found = decoder.start(batch, 2), [[] for _ in batch]
+    while block is not None:
+        following = decoder.go_on(block)
+        for tokens, new in zip(found, decoder.tokens(block), strict=True):
+            tokens += new
+        block = following
+    assert found == plain_tokens(expected, batch, 9)
+    assert len(num_steps) == max(map(len, found)) == batch[-1].remaining
+    assert_near(runner.state.ssm, expected.state.ssm, 1e-5)
+    assert torch.equal(runner.state.position, expected.state.position)
+
+
 def test_the_parameters_stay_what_they_were(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     runner = runner_of(model)

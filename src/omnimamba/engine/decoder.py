@@ -60,7 +60,11 @@ class _Bucket:
         self.b = b
         self.host_ints = torch.zeros(num_ints, b, dtype=torch.int64, pin_memory=pin)
         self.host_floats = torch.zeros(3, b, pin_memory=pin)
-        self.host_drawn = torch.zeros(b, max_steps, dtype=torch.int64, pin_memory=pin)
+        self.results = [
+            (torch.zeros(num_ints, b, dtype=torch.int64, pin_memory=pin), torch.zeros(b, max_steps, dtype=torch.int64, pin_memory=pin))
+            for _ in range(2)
+        ]
+        """`ints` and `drawn` after a block, for two blocks in turn."""
         self.ints = torch.zeros(num_ints, b, dtype=torch.int64, device=device)
         self.floats = torch.zeros(3, b, device=device)
         self.drawn = torch.zeros(b, max_steps, dtype=torch.int64, device=device)
@@ -71,6 +75,23 @@ class _Bucket:
             torch.zeros(b, num_parts, dtype=torch.int64, device=device),
         )
         self.ints[Rows._fields.index("slots")] = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Steps that are under way, or done."""
+
+    bucket: _Bucket
+    tasks: frozenset[Task]
+    is_filtered: bool
+    num: int
+    """Blocks before this one since its samples were put in their rows."""
+    done: torch.cuda.Event | None
+    """None: they are done."""
+
+    def of(self, field: str) -> Tensor:
+        """A field of the bucket's rows [b] after the block, which must be done."""
+        return self.bucket.results[self.num % 2][0][Rows._fields.index(field)]
 
 
 class FusedDecoder:
@@ -115,21 +136,55 @@ class FusedDecoder:
 
     # ---- blocks of steps
 
-    def run(self, samples: Sequence[DecodeSample], num_steps: int) -> list[list[int]]:
-        """The next tokens of each sample: num_steps (at most max_steps), or fewer where it ended. Their slots are updated in place."""
-        assert 1 <= num_steps <= self.options.max_steps, num_steps
+    def start(self, samples: Sequence[DecodeSample], num_steps: int) -> Block:
+        """Enqueues steps of the samples, at most max_steps, whose slots are updated in place."""
         bucket = self.fill(samples)
         tasks = frozenset(sample.task for sample in samples)
-        is_filtered = any(is_filtering(sample.params) for sample in samples)
+        return self._enqueue(bucket, tasks, any(is_filtering(sample.params) for sample in samples), 0, num_steps)
+
+    def go_on(self, block: Block) -> Block | None:
+        """Waits for a block and enqueues the next one of its samples, as many steps as one may have, or as are left to the longest; None if
+        all samples have ended.
+
+        Nothing is told to the device anew: meanwhile no sample may have been moved to another slot. The tokens of the block are to be read
+        before those of the next one are waited for.
+        """
+        self.wait(block)
+        left = block.of("remaining")[(block.of("slots") >= 0) & (block.of("null_rows") >= 0)]
+        if len(left) == 0:
+            return None
+        block.bucket.rows.emitted.zero_()
+        num_steps = min(self.options.max_steps, int(left.max()))
+        return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, num_steps)
+
+    def _enqueue(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, num_steps: int) -> Block:
+        assert 1 <= num_steps <= self.options.max_steps, num_steps
         for _ in range(num_steps):
             self.replay(bucket, tasks, is_filtered)
-        bucket.host_ints.copy_(bucket.ints, non_blocking=True)
-        bucket.host_drawn.copy_(bucket.drawn, non_blocking=True)
+        ints, drawn = bucket.results[num % 2]
+        ints.copy_(bucket.ints, non_blocking=True)
+        drawn.copy_(bucket.drawn, non_blocking=True)
+        done = None
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        drawn, emitted = bucket.host_drawn.tolist(), bucket.host_ints[Rows._fields.index("emitted")].tolist()
-        own_rows = [row for row, null in enumerate(bucket.host_ints[Rows._fields.index("null_rows")].tolist()) if null >= 0]
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.device))
+        return Block(bucket, tasks, is_filtered, num, done)
+
+    @staticmethod
+    def wait(block: Block) -> None:
+        if block.done is not None:
+            block.done.synchronize()
+
+    def tokens(self, block: Block) -> list[list[int]]:
+        """Those that a block has drawn for each sample: one a step, fewer where the sample ended."""
+        self.wait(block)
+        drawn, emitted = block.bucket.results[block.num % 2][1].tolist(), block.of("emitted").tolist()
+        own_rows = [row for row, null in enumerate(block.of("null_rows").tolist()) if null >= 0]
         return [drawn[row][: emitted[row]] for row in own_rows]
+
+    def run(self, samples: Sequence[DecodeSample], num_steps: int) -> list[list[int]]:
+        """The next tokens of each sample: num_steps (at most max_steps), or fewer where it ended. Their slots are updated in place."""
+        return self.tokens(self.start(samples, num_steps))
 
     def fill(self, samples: Sequence[DecodeSample]) -> _Bucket:
         """Puts the samples in the rows of a bucket; a guided one takes two neighbours, its own first."""

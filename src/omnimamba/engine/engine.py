@@ -29,7 +29,7 @@ from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.ops.plain_path import launching_on
 
 if TYPE_CHECKING:
-    from omnimamba.engine.decoder import FusedDecoder
+    from omnimamba.engine.decoder import Block, FusedDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,8 @@ class Engine:
         self._jobs: dict[int, _Job] = {}
         self._prefilling: list[_Job] = []
         self._running: list[_Sequence] = []
+        self._under_way: tuple[Block, list[_Sequence]] | None = None
+        """Steps that the device takes while the tokens of those before are handed on, and whose they are."""
         self._num_submitted = 0
 
     @property
@@ -174,7 +176,10 @@ class Engine:
     # ---- the parts of a step
 
     def _close_gaps(self) -> None:
-        """Moves states into the gaps that finished sequences left. Across gaps, a step would copy all states there and back."""
+        """Moves states into the gaps that finished sequences left, unless steps are under way, which know the old slots. Across gaps, a step
+        would copy all states there and back."""
+        if self._under_way is not None:
+            return
         moves = self.scheduler.compact()
         for source, target in moves.items():
             self.runner.fork(source, [target])
@@ -186,6 +191,7 @@ class Engine:
     def _decode(self, events: list[tuple[_Job, Event]]) -> None:
         """One token for every running sequence."""
         if not self._running:
+            self._under_way = None
             return
         with self._failures_end([sequence.job for sequence in self._running], events):
             if self.runner.decoder is not None:
@@ -204,9 +210,23 @@ class Engine:
     def _block(self, decoder: FusedDecoder, events: list[tuple[_Job, Event]]) -> None:
         """Tokens for every running sequence, drawn without a look at any between them.
 
-        One step while prompts are read or can be let in, for they come between steps. While requests wait for slots, none beyond the
-        first length that is reached.
+        If nothing else is to be done, the device goes on while the tokens are handed on: it knows by itself which sequences have ended.
         """
+        under_way, self._under_way = self._under_way, None
+        block, sequences = under_way or self._start_block(decoder)
+        following = None if self._prefilling or self.scheduler.waiting else decoder.go_on(block)
+        if following is not None:
+            self._under_way = following, sequences
+        drawn = decoder.tokens(block)
+        running = set(self._running)  # others have been cancelled since the block began
+        for step in range(max(map(len, drawn))):
+            for sequence, tokens in zip(sequences, drawn, strict=True):
+                if step < len(tokens) and sequence in running:
+                    self._receive(sequence, tokens[step], events)
+
+    def _start_block(self, decoder: FusedDecoder) -> tuple[Block, list[_Sequence]]:
+        """One step while prompts are read or can be let in, for they come between steps. While requests wait for slots, none beyond the
+        first length that is reached."""
         sequences = list(self._running)
         left = [sequence.job.num_tokens - len(sequence.tokens) for sequence in sequences]
         samples = [
@@ -223,11 +243,7 @@ class Engine:
         ]
         most = min(left) if self.scheduler.waiting else max(left)
         num_steps = 1 if self._prefilling or self.scheduler.can_admit else min(most, decoder.options.max_steps)
-        drawn = decoder.run(samples, num_steps)
-        for step in range(num_steps):
-            for sequence, tokens in zip(sequences, drawn, strict=True):
-                if step < len(tokens):
-                    self._receive(sequence, tokens[step], events)
+        return decoder.start(samples, num_steps), sequences
 
     def _admit(self, events: list[tuple[_Job, Event]]) -> None:
         """Gives slots to waiting requests; the first sample's slots will read the prompt, or what no snapshot has read of it."""
