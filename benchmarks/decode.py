@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from _decode_checks import differences, rows_of
-from _measure import milliseconds, read_bandwidth, synchronize
+from _measure import milliseconds, read_bandwidth
 from _model import image_request, random_model, step_bytes, text_request, timed_request
 from _report import add_json_option, begin, finish, lacks
 from torch import Tensor

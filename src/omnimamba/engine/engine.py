@@ -176,8 +176,10 @@ class Engine:
     # ---- the parts of a step
 
     def _close_gaps(self) -> None:
-        """Moves states into the gaps that finished sequences left, unless steps are under way, which know the old slots. Across gaps, a step
-        would copy all states there and back."""
+        """Moves states into the gaps that finished sequences left, unless steps are under way, which know the old slots.
+
+        Across gaps, a step would copy all states there and back.
+        """
         if self._under_way is not None:
             return
         moves = self.scheduler.compact()
