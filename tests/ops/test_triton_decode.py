@@ -292,6 +292,19 @@ def test_blocks_that_go_on(model):
     assert torch.equal(runner.state.position, expected.state.position)
 
 
+def test_steps_are_recorded_ahead(model, monkeypatch):
+    """One graph for each bucket, tasks and whether there are filters; a lone row has one task."""
+    runner = runner_of(model)
+    decoder = FusedDecoder(model, runner.state, runner.image_table, options=DecodeOptions(use_graphs=False))
+    decoder.capture_all(NUM_SLOTS)
+    assert decoder._graphs == {}
+    monkeypatch.setattr(decoder, "use_graphs", True)
+    monkeypatch.setattr(decoder, "_capture", lambda bucket, tasks, is_filtered: (bucket.b, tasks, is_filtered))
+    decoder.capture_all(NUM_SLOTS)
+    assert {b: sum(key[0] == b for key in decoder._graphs) for b in (1, 2, 4, 8)} == {1: 4, 2: 6, 4: 6, 8: 6}
+    assert all(decoder._graphs[key] == key for key in decoder._graphs) and len(decoder._graphs) == 22
+
+
 def test_the_parameters_stay_what_they_were(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     runner = runner_of(model)

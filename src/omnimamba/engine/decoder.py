@@ -224,10 +224,23 @@ class FusedDecoder:
         if not self.use_graphs:
             self._step(bucket, tasks, is_filtered)
             return
+        self._graph(bucket, tasks, is_filtered).replay()
+
+    def capture_all(self, num_rows: int) -> None:
+        """Records the steps of all batches up to so many rows, so that none of them has to wait for it."""
+        if not self.use_graphs:
+            return
+        alone = [frozenset({task}) for task in Task]
+        for b in (1 << i for i in range((num_rows - 1).bit_length() + 1)):
+            for tasks in alone if b == 1 else [*alone, frozenset(Task)]:
+                for is_filtered in (False, True):
+                    self._graph(self.bucket(b), tasks, is_filtered)
+
+    def _graph(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool) -> torch.cuda.CUDAGraph:
         key = (bucket.b, tasks, is_filtered)
         if key not in self._graphs:
             self._graphs[key] = self._capture(bucket, tasks, is_filtered)
-        self._graphs[key].replay()
+        return self._graphs[key]
 
     def _capture(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool) -> torch.cuda.CUDAGraph:
         """Compiles the kernels on rows that are padding, then records a step."""

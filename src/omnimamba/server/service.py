@@ -115,6 +115,8 @@ class Service:
             requests.append(omni.paint_request("apple", painting, 1))
             omni.paint([[0] * num_tokens])
         self.engine.run(requests)
+        if self.engine.runner.decoder is not None:
+            self.engine.runner.decoder.capture_all(self.engine.scheduler.num_slots)
         if self.config.state_bytes:
             _ = omni.fingerprint  # which their files bear
 
