@@ -136,3 +136,25 @@ def test_what_happens_while_a_block_is_under_way(engines, requests):
     assert events["cancelled"][-1].finish_reason is FinishReason.CANCELLED
     assert [[event.token for event in events[name]] for name in ("long", "late")] == alone
     assert fused.step() == [] and fused._under_way is None and len(fused.scheduler.free) == 4
+
+
+@pytest.mark.parametrize("name", ["start", "go_on", "tokens"])
+def test_a_block_that_fails(engines, requests, monkeypatch, caplog, name):
+    """Ends what was in it, whether or not the next one is under way already, and nothing else."""
+    caplog.set_level("CRITICAL", logger="omnimamba")
+    plain, fused = engines(num_slots=4)
+    decoder, events = fused.runner.decoder, []
+    fused.submit(longer(requests[0], 12), events.append)
+    while not events:
+        fused.step()
+    method = getattr(decoder, name)
+
+    def failing(*args):
+        monkeypatch.setattr(decoder, name, method)
+        raise RuntimeError(f"{name} broke")
+
+    monkeypatch.setattr(decoder, name, failing)
+    fused.step()
+    assert events[-1].finish_reason is FinishReason.ERROR and str(events[-1].error) == f"{name} broke" and not fused.has_work
+    assert fused.run(requests[1:2])[0][0].tokens == plain.run(requests[1:2])[0][0].tokens
+    assert len(fused.scheduler.free) == 4
