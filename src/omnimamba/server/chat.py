@@ -82,7 +82,7 @@ class Chat:
             async for piece in pieces:
                 choice = choices[piece.sample_idx]
                 choice["message"]["content"] += piece.text
-                num_tokens, num_cached = num_tokens + 1, piece.num_cached
+                num_tokens, num_cached = num_tokens + piece.num_tokens, piece.num_cached
                 if piece.finish_reason is not None:
                     choice["finish_reason"] = piece.finish_reason
                 if piece.state_id is not None:
@@ -102,7 +102,7 @@ class Chat:
         has_begun: set[int] = set()
         async with contextlib.aclosing(self.pieces()) as pieces:
             async for piece in pieces:
-                num_tokens, num_cached = num_tokens + 1, piece.num_cached
+                num_tokens, num_cached = num_tokens + piece.num_tokens, piece.num_cached
                 if piece.sample_idx not in has_begun:
                     has_begun.add(piece.sample_idx)
                     yield None, self._chunk(piece, {"role": "assistant", "content": "", "refusal": None})

@@ -69,7 +69,7 @@ class EngineThread:
         """time.monotonic() of the work under way; None while there is nothing to do."""
         self._on_failure = on_failure
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._outbox: list[tuple[_Inbox, list[tuple[int, Event]]]] = []
+        self._outbox: dict[_Inbox, list[tuple[int, Event]]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls: set[asyncio.Future] = set()
@@ -132,8 +132,8 @@ class EngineThread:
         (first, before), (last, until) = (recent[0], recent[-1]) if recent else ((0.0, 0), (0.0, 0))
         return (until - before) / (last - first) if last > first else 0.0
 
-    def _deliver(self, outbox: list[tuple[_Inbox, list[tuple[int, Event]]]]) -> None:
-        for inbox, batch in outbox:
+    def _deliver(self, outbox: dict[_Inbox, list[tuple[int, Event]]]) -> None:
+        for inbox, batch in outbox.items():
             inbox.put_nowait(batch)
 
     def _fail_all(self) -> None:
@@ -157,7 +157,7 @@ class EngineThread:
                     self._count(self.engine.step())
                     self.step_began = None
                 if self._outbox:
-                    outbox, self._outbox = self._outbox, []
+                    outbox, self._outbox = self._outbox, {}
                     self._loop.call_soon_threadsafe(self._deliver, outbox)
         except BaseException as error:  # whatever it is, all requests must hear that nothing comes any more
             logger.critical("the engine's thread ends", exc_info=True)
@@ -230,7 +230,8 @@ class Generation:
     """Requests under way: between `start` and `close` an iterator of batches of (sample index, event).
 
     The requests may be parts of one (`OmniMamba.split_samples`): samples count from the whole's first. A batch comes after every
-    `every` tokens of each sample, and whenever one ends. TimeoutError `seconds` after the start.
+    `every` tokens of each sample, and whenever one ends; what a step of the engine brings at once is one. TimeoutError `seconds` after
+    the start.
     """
 
     def __init__(self, thread: EngineThread, requests: Sequence[Request], *, every: int = 1, seconds: float) -> None:
@@ -299,7 +300,7 @@ class Generation:
                 self.first_token_at = time.monotonic()
             num_running -= event.finish_reason is not None
             if event.finish_reason is not None or len(batch) >= self._every * num_running:
-                self._thread._outbox.append((self._inbox, batch))
+                self._thread._outbox.setdefault(self._inbox, []).extend(batch)
                 batch = []
 
         return collect

@@ -50,10 +50,11 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one token adds to one answer."""
+    """What the tokens of a step add to one answer."""
 
     sample_idx: int
     text: str
+    num_tokens: int
     finish_reason: str | None
     """`stop` or `length` with the last piece."""
     num_cached: int
@@ -226,18 +227,20 @@ class Service:
     async def answer(
         self, request: Request, *, stop: Sequence[str] = (), messages: Sequence[tuple[str, str]] = ()
     ) -> AsyncGenerator[Piece, None]:
-        """Pieces of the answers, one a token. If the request keeps states, they are stored as conversations after `messages`."""
+        """Pieces of the answers, as many tokens each as a step of the engine brings. If the request keeps states, they are stored as
+        conversations after `messages`."""
         tok = self.omni.tokenizer
         texts = [AnswerText(tok, stop) for _ in range(request.num_samples)]
         samples = [Sample() for _ in texts]
         async with self._run(request, every=1) as generation:
             async for batch in generation:
+                pieces: dict[int, Piece] = {}
                 for sample_idx, event in batch:
                     text, sample = texts[sample_idx], samples[sample_idx]
                     if text.is_stopped:  # what came before the engine heard of it
                         continue
                     sample.add(event)
-                    piece = text.push(event.token, is_last=event.finish_reason is not None)
+                    added = text.push(event.token, is_last=event.finish_reason is not None)
                     reason = event.finish_reason
                     if text.is_stopped:
                         reason = FinishReason.STOP
@@ -248,7 +251,13 @@ class Service:
                         conversation.messages = [*messages, ("assistant", tok.decode(sample.tokens).strip())]
                         conversation.state, conversation.unread_ids = sample.state, unread_ids(sample, tok)
                         state_id = self.states.add(conversation)
-                    yield Piece(sample_idx, piece, None if reason is None else str(reason), event.num_cached, state_id)
+                    before = pieces.get(sample_idx, Piece(sample_idx, "", 0, None, 0))
+                    finish_reason = None if reason is None else str(reason)
+                    pieces[sample_idx] = Piece(
+                        sample_idx, before.text + added, before.num_tokens + 1, finish_reason, event.num_cached, state_id
+                    )
+                for piece in pieces.values():
+                    yield piece
 
     # ---- captions
 
