@@ -149,7 +149,7 @@ def test_a_block_that_fails(engines, requests, monkeypatch, caplog, name):
         fused.step()
     method = getattr(decoder, name)
 
-    def failing(*args):
+    def failing(*args, **options):
         monkeypatch.setattr(decoder, name, method)
         raise RuntimeError(f"{name} broke")
 

@@ -292,6 +292,25 @@ def test_blocks_that_go_on(model):
     assert torch.equal(runner.state.position, expected.state.position)
 
 
+def test_blocks_until_one_ends(model):
+    batch = samples(((4, 4), T2I, DRAWN), ((3, 0), T2I, GUIDED), remaining=5)
+    runner = runner_of(model)
+    decoder = FusedDecoder(model, runner.state, runner.image_table, options=DecodeOptions(max_vector_rows=0, max_steps=4))
+    expected = decoder.run(samples(*((s.slots, s.task, s.params) for s in batch), remaining=5), 4)
+    restored = runner_of(model)
+    decoder = FusedDecoder(model, restored.state, restored.image_table, options=DecodeOptions(max_vector_rows=0, max_steps=4))
+    block = decoder.start(batch, 2)
+    following = decoder.go_on(block, until_one_ends=True)
+    assert following is not None
+    first, second = decoder.tokens(block), decoder.tokens(following)
+    assert [len(tokens) for tokens in second] == [3, 3], "to the end of the first sample"
+    assert [(a + b)[:4] for a, b in zip(first, second, strict=True)] == expected
+    assert decoder.go_on(following, until_one_ends=True) is None
+    last = decoder.go_on(following)
+    assert last is not None and [len(tokens) for tokens in decoder.tokens(last)] == [0, 1]
+    assert decoder.go_on(last) is None
+
+
 def test_steps_are_recorded_ahead(model, monkeypatch):
     """One graph for each bucket, tasks and whether there are filters; a lone row has one task."""
     runner = runner_of(model)

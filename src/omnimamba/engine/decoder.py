@@ -142,19 +142,22 @@ class FusedDecoder:
         tasks = frozenset(sample.task for sample in samples)
         return self._enqueue(bucket, tasks, any(is_filtering(sample.params) for sample in samples), 0, num_steps)
 
-    def go_on(self, block: Block) -> Block | None:
+    def go_on(self, block: Block, *, until_one_ends: bool = False) -> Block | None:
         """Waits for a block and enqueues the next one of its samples, as many steps as one may have, or as are left to the longest; None if
         all samples have ended.
 
-        Nothing is told to the device anew: meanwhile no sample may have been moved to another slot. The tokens of the block are to be read
-        before those of the next one are waited for.
+        until_one_ends: None if any sample has, and no steps beyond the first length that is reached. Nothing is told to the device anew:
+        meanwhile no sample may have been moved to another slot. The tokens of the block are to be read before those of the next one are
+        waited for.
         """
         self.wait(block)
-        left = block.of("remaining")[(block.of("slots") >= 0) & (block.of("null_rows") >= 0)]
-        if len(left) == 0:
+        left = block.of("remaining")[block.of("null_rows") >= 0]
+        goes_on = block.of("slots")[block.of("null_rows") >= 0] >= 0
+        if not (goes_on.all() if until_one_ends else goes_on.any()):
             return None
         block.bucket.rows.emitted.zero_()
-        num_steps = min(self.options.max_steps, int(left.max()))
+        left = left[goes_on]
+        num_steps = min(self.options.max_steps, int(left.min() if until_one_ends else left.max()))
         return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, num_steps)
 
     def _enqueue(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, num_steps: int) -> Block:

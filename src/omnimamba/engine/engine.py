@@ -212,13 +212,14 @@ class Engine:
     def _block(self, decoder: FusedDecoder, events: list[tuple[_Job, Event]]) -> None:
         """Tokens for every running sequence, drawn without a look at any between them.
 
-        If nothing else is to be done, the device goes on while the tokens are handed on: it knows by itself which sequences have ended.
+        If no prompt is to be read, the device goes on while the tokens are handed on: it knows by itself which sequences have ended. While
+        requests wait for slots, it does not if one has.
         """
         under_way, self._under_way = self._under_way, None
         block, sequences = under_way or self._start_block(decoder)
-        following = None if self._prefilling or self.scheduler.waiting else decoder.go_on(block)
-        if following is not None:
-            self._under_way = following, sequences
+        if not self._prefilling and not self.scheduler.can_admit:
+            following = decoder.go_on(block, until_one_ends=bool(self.scheduler.waiting))
+            self._under_way = None if following is None else (following, sequences)
         drawn = decoder.tokens(block)
         running = set(self._running)  # others have been cancelled since the block began
         for step in range(max(map(len, drawn))):
