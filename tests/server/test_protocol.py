@@ -221,8 +221,11 @@ def test_slow_bodies(new_omni, serve):
         assert answer.startswith(b"HTTP/1.1 408") and b'"code": "body_timeout"' in answer
 
 
-def test_answers_that_take_too_long(new_omni, serve):
+def test_answers_that_take_too_long(new_omni, serve, monkeypatch):
     with serve(new_omni(), ServerConfig(request_seconds=0.05)) as running:
+        engine = running.server.service.engine
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step())[1])
         response = running.http.post("/v1/images/generations", json={"prompt": "zoo", "n": 8, "guidance_scale": 2.0})
         assert response.status_code == 504 and is_openai_error(response)
         running.settle()
