@@ -158,3 +158,12 @@ def test_a_block_that_fails(engines, requests, monkeypatch, caplog, name):
     assert events[-1].finish_reason is FinishReason.ERROR and str(events[-1].error) == f"{name} broke" and not fused.has_work
     assert fused.run(requests[1:2])[0][0].tokens == plain.run(requests[1:2])[0][0].tokens
     assert len(fused.scheduler.free) == 4
+
+
+def test_steps_are_recorded_for_all_slots(engines, monkeypatch):
+    plain, fused = engines(num_slots=3)
+    recorded = []
+    monkeypatch.setattr(fused.runner.decoder, "capture_all", recorded.append)
+    for engine in (plain, fused):
+        engine.capture_steps()
+    assert recorded == [3]

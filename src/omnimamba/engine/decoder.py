@@ -151,12 +151,12 @@ class FusedDecoder:
         waited for.
         """
         self.wait(block)
-        left = block.of("remaining")[block.of("null_rows") >= 0]
-        goes_on = block.of("slots")[block.of("null_rows") >= 0] >= 0
+        is_sample = block.of("null_rows") >= 0
+        goes_on = (block.of("slots") >= 0)[is_sample]
         if not (goes_on.all() if until_one_ends else goes_on.any()):
             return None
         block.bucket.rows.emitted.zero_()
-        left = left[goes_on]
+        left = block.of("remaining")[is_sample][goes_on]
         num_steps = min(self.options.max_steps, int(left.min() if until_one_ends else left.max()))
         return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, num_steps)
 

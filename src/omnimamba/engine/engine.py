@@ -135,6 +135,12 @@ class Engine:
             self._prefill(events)
         return self._send(events)
 
+    def capture_steps(self) -> None:
+        """Records decode steps of every number of rows, where steps are recorded at all: no request waits for it later."""
+        if self.runner.decoder is not None:
+            with launching_on(self.device):
+                self.runner.decoder.capture_all(self.scheduler.num_slots)
+
     def cancel(self, request_id: int) -> list[Event]:
         """A `cancelled` event for each sample of the request that is not finished; its slots are free at once."""
         job = self._jobs.get(request_id)

@@ -116,8 +116,7 @@ class Service:
             requests.append(omni.paint_request("apple", painting, 1))
             omni.paint([[0] * num_tokens])
         self.engine.run(requests)
-        if self.engine.runner.decoder is not None:
-            self.engine.runner.decoder.capture_all(self.engine.scheduler.num_slots)
+        self.engine.capture_steps()
         if self.config.state_bytes:
             _ = omni.fingerprint  # which their files bear
 
@@ -227,8 +226,10 @@ class Service:
     async def answer(
         self, request: Request, *, stop: Sequence[str] = (), messages: Sequence[tuple[str, str]] = ()
     ) -> AsyncGenerator[Piece, None]:
-        """Pieces of the answers, as many tokens each as a step of the engine brings. If the request keeps states, they are stored as
-        conversations after `messages`."""
+        """Pieces of the answers, as many tokens each as a step of the engine brings.
+
+        If the request keeps states, they are stored as conversations after `messages`.
+        """
         tok = self.omni.tokenizer
         texts = [AnswerText(tok, stop) for _ in range(request.num_samples)]
         samples = [Sample() for _ in texts]

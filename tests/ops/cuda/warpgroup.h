@@ -111,7 +111,7 @@ inline void store_matrices(char* row, const u32 (&matrices)[4]) {
     for (int i = 0; i < 4; i++) std::memcpy((char*)emulation::row_of(row, i, threadIdx.x % 32 / 4) + threadIdx.x % 4 * 4, &matrices[i], 4);
 }
 
-// As test_scan.py describes a tensor [batch, rows, columns] in place of the driver.
+// As `box_description` of conftest.py describes a tensor [batch, rows, columns] in place of the driver.
 struct alignas(64) TensorMap {
     char* address;
     long long batches, rows, columns, batch_stride, row_stride;  // strides in bytes

@@ -26,8 +26,8 @@ constexpr int OWN = (CHUNK + PREPARING - 1) / PREPARING;            // channels 
 constexpr int OWN_B_C = (2 * D_STATE + PREPARING - 1) / PREPARING;  // numbers of B and C
 constexpr int THREADS = NUM_WARPS * WARP + PREPARING;               // and so many rows at most
 
-// Chunks of a block that are known ahead of the one that is prepared, no more than the rings need, and the places where they stand; the last
-// of the preparing warps adds up what those that update states have found of a chunk.
+// Chunks of a block that are known ahead of the one that is prepared, no more than the rings need, and the places where they stand; the
+// last of the preparing warps adds up what those that update states have found of a chunk.
 constexpr int AHEAD = (NUM_STAGES * NUM_WARPS - 1) / CHUNK_TILES, PLACES = AHEAD + 3;
 constexpr int NONE = -1;
 constexpr int FINISHING = NUM_PREPARING - 1;
@@ -109,8 +109,8 @@ __device__ __forceinline__ int chunk_at(Shared& shared, int num) {
     return shared.chunks[num % PLACES];
 }
 
-// Takes chunks for the block, in one thread. The first ones are the block's by its number, for nobody has to be asked about them; the others
-// go to whoever asks. Whoever asks last sets the counter back.
+// Takes chunks for the block, in one thread. The first ones are the block's by its number, for nobody has to be asked about them; the
+// others go to whoever asks. Whoever asks last sets the counter back.
 struct Taking {
     const Arguments& arguments;
     Shared& shared;

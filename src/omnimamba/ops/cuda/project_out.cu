@@ -1,5 +1,5 @@
-// What a layer adds to the residual stream, the product of a batch's rows and out_proj, and what in_proj of the next layer needs of the sum:
-// the rows times the norm's weight in bf16, and their squares, for the division by the root mean square commutes with a product.
+// What a layer adds to the residual stream, the product of a batch's rows and out_proj, and what in_proj of the next layer needs of the
+// sum: the rows times the norm's weight in bf16, and their squares, for the division by the root mean square commutes with a product.
 //
 // A cluster makes N_TILE outputs, each block the products of its part of the columns; then each adds up an equal part of the rows, whose
 // products the others have sent it. The order of additions is always the same. See rows_product.cuh.
@@ -22,7 +22,7 @@ struct Arguments {
     const u16* norm;             // [n], the next norm's weight
     u16* next;                   // [rows, n]: the new residual, times that
     float* next_squares;         // [rows, tiles]: the sums of its squares over tiles of N_TILE columns
-    u16* conv;                   // [slots, conv_slot]: states of the convolution, whose last channels are B and C; or null
+    u16* conv;                   // [slots, conv_slot]: states of the convolution, whose last channels are B and C
     const long long* slots;      // [rows], negative: nothing is stored for the row
     const float* newest;         // [rows, 2 * D_STATE]: inputs of B and C
     long long conv_slot, first;  // numbers to the next slot, and to B
@@ -89,7 +89,6 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int tile, in
 
 // The newest inputs of B and C enter the states of some rows' convolutions.
 __device__ void shift_convolutions(const Arguments& arguments, int helper) {
-    if (arguments.conv == nullptr) return;
     for (int row = (int)blockIdx.x * M_TILES + helper; row < arguments.rows; row += (int)gridDim.x * M_TILES) {
         const long long slot = arguments.slots[row];
         if (slot < 0) continue;
@@ -124,7 +123,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
         wait_for_earlier_kernels();
         const int helper = warp - HELPS, row = helper * OWN_ROWS / M_TILES;
         find_scales<OWN_ROWS / M_TILES>(
-            shared.scales + row, arguments.squares, rank * OWN_ROWS + row, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
+            shared.scales + row, arguments.squares, rank * OWN_ROWS + row, arguments.rows, arguments.num_squares, arguments.k,
+            arguments.eps);
         barrier_arrive(&shared.scaled);
         shift_convolutions(arguments, helper);
     } else {

@@ -152,21 +152,19 @@ def project_in(rows: Rows, weight: Tensor, out: Tensor, *, eps: float, pdl: bool
 
 
 def project_out(
-    rows: Rows, weight: Tensor, residual: Tensor, norm: Tensor, made: Rows, shift: Shift | None, *, eps: float, pdl: bool = False
+    rows: Rows, weight: Tensor, residual: Tensor, norm: Tensor, made: Rows, shift: Shift, *, eps: float, pdl: bool = False
 ) -> None:
     """residual [b, n] fp32 gains normed rows @ weight.T; `made` becomes the new residual times `norm` [n], yet to be divided.
 
     weight: [n, k]; made: values [b, n] bf16, squares [b, num_squares]; shift: see `ops.triton.decode.shift_conv_state`.
     """
     b, n = residual.shape
-    d_state = 16 if shift is None else shift.newest.shape[1] // 2
+    d_state = shift.newest.shape[1] // 2
     shape = shape_of("project_out", b, n, d_state, residual.device)
     squares, num = squares_of(rows)
     assert made.squares is not None and made.squares.shape[1] == num_tiles(shape, n)
-    outputs = [tensor.data_ptr() for tensor in (residual, norm, made.values, made.squares)]
-    conv, conv_slot, first = ([None] * 3, 0, 0)
-    if shift is not None:
-        conv = [tensor.data_ptr() for tensor in (shift.conv, shift.slots, shift.newest)]
-        conv_slot, first = shift.conv.stride(0), (shift.conv.shape[1] - 2 * d_state) * shift.conv.shape[2]
-    arguments = OutArguments(*maps_of(shape, rows, weight), squares, *outputs, *conv, conv_slot, first, b, n, weight.shape[1], num, eps)
+    pointers = [tensor.data_ptr() for tensor in (residual, norm, made.values, made.squares, *shift)]
+    first = (shift.conv.shape[1] - 2 * d_state) * shift.conv.shape[2]
+    strides = shift.conv.stride(0), first
+    arguments = OutArguments(*maps_of(shape, rows, weight), squares, *pointers, *strides, b, n, weight.shape[1], num, eps)
     launch(shape, arguments, num_blocks(shape, n), residual.device, pdl)

@@ -4,7 +4,8 @@
 // and their first stages travel before the kernels before this one have ended, whose results are the rows. Each block reads all rows, more
 // bytes than its weights are: so SHARING neighbours bring a part of them each, to all (multicast), and L2 gives them once.
 //
-// A warpgroup multiplies 64 rows, one warp brings weights, another one rows; as many as warpgroups are there for what else is to do. Sums are fp32.
+// A warpgroup multiplies 64 rows, one warp brings weights, another one rows; as many as warpgroups are there for what else is to do. Sums
+// are fp32.
 //
 // The including code defines N_TILE, M_TILES (of 64 rows), CLUSTER (blocks), SHARING (1 or CLUSTER), WEIGHT_STAGES and ROW_STAGES (of 64
 // columns).
@@ -13,7 +14,7 @@ constexpr int STEP = 64;  // columns
 constexpr int ROWS = 64 * M_TILES, SHARE = ROWS / SHARING;
 constexpr int COMPUTING = M_TILES * GROUP;  // threads
 constexpr int THREADS = COMPUTING + (2 + M_TILES) * 32;
-constexpr int BRINGS_WEIGHTS = COMPUTING / 32, BRINGS_ROWS = BRINGS_WEIGHTS + 1, HELPS = BRINGS_WEIGHTS + 2;  // warps; the last and all after it
+constexpr int BRINGS_WEIGHTS = COMPUTING / 32, BRINGS_ROWS = BRINGS_WEIGHTS + 1, HELPS = BRINGS_WEIGHTS + 2;  // warps; the rest help, too
 constexpr int NUM_SUMS = N_TILE / 2;  // of a thread
 
 static_assert(N_TILE % 8 == 0 && SHARE % 8 == 0 && (SHARING == 1 || SHARING == CLUSTER));
@@ -37,39 +38,24 @@ struct Rings {
     }
 };
 
-// A place in a ring, and how often its barriers have been waited for.
-template <int STAGES>
-struct Turn {
-    int stage = 0;
-    u32 lap = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, lap ^= 1;
-    }
-};
-
 // Columns [first, end) of outputs from `output` on; of a tensor [1, n, k] in boxes of N_TILE rows.
 __device__ __forceinline__ void bring_weights(Rings& rings, const TensorMap& weights, int output, int first, int end) {
-    Turn<WEIGHT_STAGES> turn;
-    for (int k = first; k < end; k += STEP, turn.advance()) {
-        if (k >= first + WEIGHT_STAGES * STEP) barrier_wait(&rings.empty_weights[turn.stage], turn.lap ^ 1);
-        barrier_expect(&rings.full_weights[turn.stage], N_TILE * ROW);
-        box_copy(rings.weights[turn.stage], weights, k, output, 0, &rings.full_weights[turn.stage]);
+    for (int num = 0; first + num * STEP < end; num++) {
+        u64* full = expect_stage(rings.full_weights, rings.empty_weights, num, N_TILE * ROW);
+        box_copy(rings.weights[num % WEIGHT_STAGES], weights, first + num * STEP, output, 0, full);
     }
 }
 
 // The same of the rows, a tensor [1, rows, k] in boxes of SHARE rows.
 __device__ __forceinline__ void bring_rows(Rings& rings, const TensorMap& u, int first, int end) {
     const int share = SHARING == 1 ? 0 : (int)rank_in_cluster<CLUSTER>() * SHARE;
-    Turn<ROW_STAGES> turn;
-    for (int k = first; k < end; k += STEP, turn.advance()) {
-        if (k >= first + ROW_STAGES * STEP) barrier_wait(&rings.empty_rows[turn.stage], turn.lap ^ 1);
-        barrier_expect(&rings.full_rows[turn.stage], ROWS * ROW);
-        char* to = rings.rows[turn.stage] + share * ROW;
+    for (int num = 0; first + num * STEP < end; num++) {
+        u64* full = expect_stage(rings.full_rows, rings.empty_rows, num, ROWS * ROW);
+        char* to = rings.rows[num % ROW_STAGES] + share * ROW;
         if constexpr (SHARING == 1) {
-            box_copy(to, u, k, share, 0, &rings.full_rows[turn.stage]);
+            box_copy(to, u, first + num * STEP, share, 0, full);
         } else {
-            box_copy_to_cluster<CLUSTER>(to, u, k, share, 0, &rings.full_rows[turn.stage]);
+            box_copy_to_cluster<CLUSTER>(to, u, first + num * STEP, share, 0, full);
         }
     }
 }
@@ -77,34 +63,31 @@ __device__ __forceinline__ void bring_rows(Rings& rings, const TensorMap& u, int
 // The products of a warpgroup's rows, all of k columns.
 __device__ __forceinline__ void multiply_rows(Rings& rings, int k, float (&sums)[NUM_SUMS]) {
     const int group = threadIdx.x / GROUP, lane = threadIdx.x % 32;
-    Turn<WEIGHT_STAGES> weights;
-    Turn<ROW_STAGES> rows;
-    int used_weights = 0, used_rows = 0;  // stages of the step before, whose products may still be under way
-    for (int i = 0; i < k; i += STEP) {
-        barrier_wait(&rings.full_weights[weights.stage], weights.lap);
-        barrier_wait(&rings.full_rows[rows.stage], rows.lap);
-        const u64 u = tile_at(rings.rows[rows.stage] + group * BOX), w = tile_at(rings.weights[weights.stage]);
+    for (int num = 0; num < k / STEP; num++) {
+        const int weights = num % WEIGHT_STAGES, rows = num % ROW_STAGES;
+        barrier_wait(&rings.full_weights[weights], num / WEIGHT_STAGES & 1);
+        barrier_wait(&rings.full_rows[rows], num / ROW_STAGES & 1);
+        const u64 u = tile_at(rings.rows[rows] + group * BOX), w = tile_at(rings.weights[weights]);
         products_begin();
 #pragma unroll
-        for (int j = 0; j < STEP; j += 16) multiply(sums, along_rows(u, j), along_rows(w, j), i + j > 0);
+        for (int i = 0; i < STEP; i += 16) multiply(sums, along_rows(u, i), along_rows(w, i), num + i > 0);
         products_end();
         products_wait<1>(sums);
-        if (i > 0) {
-            if (lane == 0) barrier_arrive(&rings.empty_weights[used_weights]);
+        if (num > 0) {  // the products of the step before are done
+            if (lane == 0) barrier_arrive(&rings.empty_weights[(num - 1) % WEIGHT_STAGES]);
+            u64* empty_rows = &rings.empty_rows[(num - 1) % ROW_STAGES];
             if constexpr (SHARING == 1) {
-                if (lane == 0) barrier_arrive(&rings.empty_rows[used_rows]);
+                if (lane == 0) barrier_arrive(empty_rows);
             } else {
-                if (lane < SHARING) barrier_arrive_at<CLUSTER>(&rings.empty_rows[used_rows], lane);
+                if (lane < SHARING) barrier_arrive_at<CLUSTER>(empty_rows, lane);
             }
         }
-        used_weights = weights.stage, used_rows = rows.stage;
-        weights.advance(), rows.advance();
     }
     products_wait<0>(sums);
 }
 
-// One over the root mean square of each of NUM rows of k numbers from `first` on, as far as there are rows, by a warp. What the squares of a
-// row sum up to are `num` numbers; 1 if there are none.
+// One over the root mean square of each of NUM rows of k numbers from `first` on, as far as there are rows, by a warp. What the squares of
+// a row sum up to are `num` numbers; 1 if there are none.
 template <int NUM>
 __device__ __forceinline__ void find_scales(float* scales, const float* squares, int first, int rows, int num, int k, float eps) {
     constexpr int LANES = 4, TOGETHER = 2, LOADS = 8;  // lanes for a row; loads that are under way before the first one is needed

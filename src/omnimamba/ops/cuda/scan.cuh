@@ -95,12 +95,3 @@ __device__ __forceinline__ void init_ring(u64 (&full)[num], u64 (&empty)[num], u
     }
     barriers_ready();
 }
-
-// Waits for the stage that the num-th tiles go to, counted from 0, and announces their bytes to the barrier that counts them.
-template <int stages>
-__device__ __forceinline__ u64* expect_stage(u64 (&full)[stages], u64 (&empty)[stages], u32 num, u32 bytes) {
-    const int stage = num % stages, lap = num / stages;
-    if (lap > 0) barrier_wait(&empty[stage], lap - 1 & 1);
-    barrier_expect(&full[stage], bytes);
-    return &full[stage];
-}

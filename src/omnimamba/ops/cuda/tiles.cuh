@@ -16,3 +16,12 @@ __device__ __forceinline__ int swizzled(int row, int unit) { return row * ROW + 
 __device__ __forceinline__ int first_row() { return threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4; }
 
 __device__ __forceinline__ int first_column() { return threadIdx.x % 4 * 2; }
+
+// Waits for the stage that the num-th tiles go to, counted from 0, and announces their bytes to the barrier that counts them.
+template <int stages>
+__device__ __forceinline__ u64* expect_stage(u64 (&full)[stages], u64 (&empty)[stages], u32 num, u32 bytes) {
+    const int stage = num % stages, lap = num / stages;
+    if (lap > 0) barrier_wait(&empty[stage], lap - 1 & 1);
+    barrier_expect(&full[stage], bytes);
+    return &full[stage];
+}

@@ -158,8 +158,8 @@ __device__ __forceinline__ u32 rank_in_cluster() {
     return rank;
 }
 
-// All threads of the cluster meet. Barriers that are `barriers_ready` can be used from then on; nothing else becomes visible, for that takes
-// a fence of the whole GPU.
+// All threads of the cluster meet. Barriers that are `barriers_ready` can be used from then on; nothing else becomes visible, for that
+// takes a fence of the whole GPU.
 template <int size>
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -191,8 +191,8 @@ __device__ __forceinline__ void copy_to_block(char* to, const char* from, u32 by
 template <int size>
 __device__ __forceinline__ void box_copy_to_cluster(char* to, const TensorMap& from, int column, int row, int batch, u64* barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], "
-        "%6;" ::"r"(shared_address(to)),
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
         "l"(&from), "r"(column), "r"(row), "r"(batch), "r"(shared_address(barrier)), "h"((u16)((1 << size) - 1))
         : "memory");
 }
