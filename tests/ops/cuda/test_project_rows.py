@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from omnimamba.ops.cuda import compile, hopper, project_rows
-from omnimamba.ops.cuda.project_rows import Rows, Shape
+from omnimamba.ops.cuda.project_rows import TILES, Rows, Shape, Tile
 from omnimamba.ops.triton.decode import Shift
 
 EPS, D_STATE, NUM_SLOTS = 1e-5, 16, 5
@@ -18,18 +18,16 @@ EPS, D_STATE, NUM_SLOTS = 1e-5, 16, 5
 
 @pytest.fixture
 def emulate(emulated, box_description, monkeypatch):
-    def launch(shape, arguments, blocks, device, pdl) -> None:
+    def launch(shape, arguments, n, device, pdl) -> None:
         library = emulated(f"{shape.kernel}.cpp", shape.defines())
+        blocks = shape.num_clusters(n) * project_rows.CLUSTERS[shape.kernel]
         assert library.emulate(ctypes.byref(arguments), blocks, blocks), "threads waited for each other"
 
     monkeypatch.setattr(project_rows, "launch", launch)
     monkeypatch.setattr(project_rows, "tensor_map", box_description)
 
-    def use(n_tile: int) -> None:
-        def shape_of(kernel, b, n, d_state, device) -> Shape:
-            return Shape(kernel, n_tile, next(tiles for tiles in (1, 2, 4) if b <= 64 * tiles), d_state)
-
-        monkeypatch.setattr(project_rows, "shape_of", shape_of)
+    def use(tile: Tile) -> None:
+        monkeypatch.setattr(project_rows, "shape_of", lambda kernel, b, n, d_state, device: Shape(kernel, tile, d_state))
 
     return use
 
@@ -65,7 +63,7 @@ class Projecting:
         assert_near(out, self.expected(), 4e-3)
 
     def assert_projects_out(self, *, pdl: bool = False) -> None:
-        num = project_rows.num_tiles(project_rows.shape_of("project_out", self.b, self.n, D_STATE, torch.device(self.device)), self.n)
+        num = project_rows.shape_of("project_out", self.b, self.n, D_STATE, torch.device(self.device)).num_tiles(self.n)
         made = Rows(self.nan(self.b, self.n), self.nan(self.b, num, dtype=torch.float32))
         expected, conv = self.residual + self.expected(), self.conv.clone()
         shift = Shift(self.conv, self.slots, self.newest)
@@ -84,31 +82,35 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance, error  # not so for NaN
 
 
+IN, OUT = TILES["project_in"], TILES["project_out"]
+
+
 @pytest.mark.parametrize(
-    ("b", "n", "k", "n_tile", "num_squares"),
+    ("b", "n", "k", "tile", "num_squares"),
     [
-        (1, 64, 64, 64, 0),  # one step, and a tile of the cluster's two
-        (64, 296, 640, 64, 9),
-        (33, 152, 512, 72, 1),
-        (100, 136, 192, 64, 5),
+        (1, 64, 64, IN[1][0], 0),  # one step, and a tile of the cluster's two
+        (64, 296, 640, IN[1][0], 9),
+        (33, 152, 512, IN[1][1], 1),
+        (100, 160, 512, IN[2][0], 5),
+        (200, 296, 448, IN[4][0], 3),
     ],
 )
-def test_the_emulated_project_in(emulate, b, n, k, n_tile, num_squares):
-    emulate(n_tile)
+def test_the_emulated_project_in(emulate, b, n, k, tile, num_squares):
+    emulate(tile)
     Projecting(b, n, k, num_squares, "cpu").assert_projects_in()
 
 
 @pytest.mark.parametrize(
-    ("b", "n", "k", "n_tile", "num_squares"),
+    ("b", "n", "k", "tile", "num_squares"),
     [
-        (1, 64, 256, 64, 0),
-        (64, 200, 1792, 64, 17),
-        (40, 100, 512, 72, 3),
-        (100, 130, 256, 64, 5),
+        (1, 64, 256, OUT[1][0], 0),
+        (64, 200, 1792, OUT[1][0], 17),
+        (40, 100, 512, OUT[1][1], 3),
+        (100, 130, 256, OUT[2][0], 5),
     ],
 )
-def test_the_emulated_project_out(emulate, b, n, k, n_tile, num_squares):
-    emulate(n_tile)
+def test_the_emulated_project_out(emulate, b, n, k, tile, num_squares):
+    emulate(tile)
     Projecting(b, n, k, num_squares, "cpu").assert_projects_out()
 
 
@@ -124,12 +126,10 @@ def test_the_launches(b, n, k, pdl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["project_in", "project_out"])
-@pytest.mark.parametrize(("n_tile", "m_tiles"), [(64, 1), (72, 1), (64, 2), (72, 4)])
-def test_it_compiles(kernel, n_tile, m_tiles):
+@pytest.mark.parametrize(("kernel", "tile"), [(kernel, tile) for kernel in TILES for tiles in TILES[kernel].values() for tile in tiles])
+def test_it_compiles(kernel, tile):
     """Without a register spilled, and without products that wait for each other."""
-    shape = Shape(kernel, n_tile, m_tiles, 128)
-    _, log = compile.compile_cubin((*project_rows.SOURCES, f"{kernel}.cu"), shape.defines(), "sm_90a")
+    _, log = compile.compile_cubin((*project_rows.SOURCES, f"{kernel}.cu"), Shape(kernel, tile, 128).defines(), "sm_90a")
     assert "warning" not in log and "wgmma" not in log, log
     spilled = re.search(r"(\d+) bytes spill stores", log)
     assert spilled and int(spilled[1]) == 0, log

@@ -1,5 +1,6 @@
 // The product of a batch's rows and a weight matrix, in bf16: of rows that are normed, or that have yet to be divided by their root mean
-// square, which commutes with the product. See rows_product.cuh.
+// square, which commutes with the product. The blocks of a cluster share rows, and each has outputs of its own; or they share outputs, and
+// each has rows of its own. See rows_product.cuh.
 
 // ---- what the host passes
 
@@ -18,53 +19,57 @@ struct Shared {
     u64 scaled;
 };
 
-static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES);
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && SHARING_WEIGHTS * SHARING_ROWS == CLUSTER);
+static_assert(ROWS * N_TILE * 2 <= sizeof(Rings::weight_tiles));
 
-__device__ void compute(const Arguments& arguments, Shared& shared, int output) {
+__device__ void compute(const Arguments& arguments, Shared& shared, int first, int output) {
     float sums[NUM_SUMS];
     multiply_rows(shared.rings, arguments.k, sums);
     barrier_wait(&shared.scaled, 0);
-    named_sync<COMPUTING>();  // nobody reads the rings any more
-    u16(*made)[N_TILE] = (u16(*)[N_TILE])&shared.rings;  // [ROWS]
-    const int first = threadIdx.x / GROUP * 64 + first_row();
+    named_sync<COMPUTING>();  // nobody reads the tiles any more
+    u16(*made)[N_TILE] = (u16(*)[N_TILE])shared.rings.weight_tiles;  // [ROWS]
+    const int own = threadIdx.x / GROUP * 64 + first_row();
 #pragma unroll
     for (int i = 0; i < NUM_SUMS / 2; i++) {
-        const int row = first + 8 * (i % 2);
+        const int row = own + 8 * (i % 2);
         *(u32*)&made[row][8 * (i / 2) + first_column()] = pack_bf16(sums[2 * i] * shared.scales[row], sums[2 * i + 1] * shared.scales[row]);
     }
     __syncwarp();
     constexpr int UNITS = N_TILE / 8;  // of 16 bytes
     for (int i = threadIdx.x % 32; i < 16 * UNITS; i += 32) {
-        const int row = threadIdx.x / 32 * 16 + i / UNITS, column = i % UNITS * 8;
-        if (row >= arguments.rows || output + column >= arguments.n) continue;
-        *(uint4*)(arguments.out + row * arguments.n + output + column) = *(const uint4*)&made[row][column];
+        const int row = threadIdx.x / 32 * 16 + i / UNITS, column = output + i % UNITS * 8;
+        if (first + row >= arguments.rows || column >= arguments.n) continue;
+        *(uint4*)(arguments.out + (first + row) * arguments.n + column) = *(const uint4*)&made[row][column - output];
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) project_in(const __grid_constant__ Arguments arguments) {
     Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
     start_next_kernel();
-    const int output = (int)blockIdx.x * N_TILE, warp = warp_index(), lane = threadIdx.x % 32;
+    const int warp = warp_index(), lane = threadIdx.x % 32;
+    const int first = SHARING_ROWS == 1 ? (int)rank_in_cluster<CLUSTER>() * ROWS : 0;
+    const int output = (int)blockIdx.x / SHARING_WEIGHTS * N_TILE;
     if (warp == BRINGS_WEIGHTS && lane == 0) {
-        shared.rings.init();
+        shared.rings.weights.init();
+        shared.rings.rows.init();
         barrier_init(&shared.scaled, 32 * M_TILES);
         barriers_ready();
     }
     __syncwarp();
     cluster_sync<CLUSTER>();
     if (warp == BRINGS_WEIGHTS) {
-        if (lane == 0) bring_weights(shared.rings, arguments.weights, output, 0, arguments.k);
+        if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, output, 0, arguments.k);
     } else if (warp == BRINGS_ROWS) {
         wait_for_earlier_kernels();
-        if (lane == 0) bring_rows(shared.rings, arguments.u, 0, arguments.k);
+        if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, first, 0, arguments.k);
     } else if (warp >= HELPS) {
         wait_for_earlier_kernels();
         const int row = (warp - HELPS) * 64;
         find_scales<64>(
-            shared.scales + row, arguments.squares, row, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
+            shared.scales + row, arguments.squares, first + row, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
         barrier_arrive(&shared.scaled);
     } else {
-        compute(arguments, shared, output);
+        compute(arguments, shared, first, output);
     }
     __syncwarp();
     cluster_sync<CLUSTER>();  // no block leaves while others send to it

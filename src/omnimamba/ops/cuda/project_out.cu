@@ -10,7 +10,7 @@ constexpr int OWN_ROWS = ROWS / CLUSTER;
 constexpr int OF_ROW = COMPUTING / OWN_ROWS;  // threads
 constexpr int OWN = N_TILE / OF_ROW;          // columns of a thread
 
-static_assert(SHARING == 1 && OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
+static_assert(SHARING_WEIGHTS == 1 && SHARING_ROWS == 1 && OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
 
 // ---- what the host passes
 
@@ -37,7 +37,7 @@ struct Shared {
     u64 all_parts, scaled;
 };
 
-static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && ROWS * N_TILE * 4 <= WEIGHT_STAGES * N_TILE * ROW + ROW_STAGES * ROWS * ROW);
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && ROWS * N_TILE * 4 <= sizeof(Rings::weight_tiles) + sizeof(Rings::row_tiles));
 
 __device__ void compute(const Arguments& arguments, Shared& shared, int tile, int rank) {
     const int thread = threadIdx.x;
@@ -106,7 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
     const int rank = (int)rank_in_cluster<CLUSTER>(), tile = (int)blockIdx.x / CLUSTER;
     const int part = arguments.k / CLUSTER, first = rank * part;
     if (warp == BRINGS_WEIGHTS && lane == 0) {
-        shared.rings.init();
+        shared.rings.weights.init();
+        shared.rings.rows.init();
         barrier_init(&shared.all_parts, 1);
         barrier_init(&shared.scaled, 32 * M_TILES);
         barriers_ready();
@@ -115,10 +116,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
     __syncwarp();
     cluster_sync<CLUSTER>();
     if (warp == BRINGS_WEIGHTS) {
-        if (lane == 0) bring_weights(shared.rings, arguments.weights, tile * N_TILE, first, first + part);
+        if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, tile * N_TILE, first, first + part);
     } else if (warp == BRINGS_ROWS) {
         wait_for_earlier_kernels();
-        if (lane == 0) bring_rows(shared.rings, arguments.u, first, first + part);
+        if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, 0, first, first + part);
     } else if (warp >= HELPS) {
         wait_for_earlier_kernels();
         const int helper = warp - HELPS, row = helper * OWN_ROWS / M_TILES;

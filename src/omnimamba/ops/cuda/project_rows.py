@@ -18,12 +18,38 @@ from omnimamba.ops.cuda.hopper import TensorMap, is_hopper, structure, tensor_ma
 from omnimamba.ops.triton.decode import LayerWeights, Shift
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "channels.cuh", "rows_product.cuh")
-N_TILES = (64, 72)
 MAX_ROWS = 256
 STEP = 64  # columns of a stage
 CLUSTERS = {"project_in": 2, "project_out": 4}
-STAGES = {"project_in": {1: (13, 8), 2: (9, 6), 4: (7, 4)}, "project_out": {1: (16, 6), 2: (8, 4), 4: (5, 3)}}
-"""Of weights and of rows, by how many times 64 rows there are, as far as shared memory goes. At 64 rows `project_out` holds all weights."""
+
+
+class Tile(NamedTuple):
+    """What a block computes, and how."""
+
+    n: int
+    m: int
+    """Times 64 rows."""
+    weight_stages: int
+    row_stages: int
+    sharing_weights: int = 1
+    """Blocks of a cluster that have the same outputs, and rows of their own."""
+    sharing_rows: int = 1
+    """The other way round."""
+
+
+TILES = {
+    "project_in": {
+        1: [Tile(64, 1, 13, 8, sharing_rows=2), Tile(72, 1, 13, 8, sharing_rows=2)],
+        2: [Tile(144, 1, 7, 7, sharing_weights=2)],
+        4: [Tile(144, 2, 6, 6, sharing_weights=2)],
+    },
+    "project_out": {
+        1: [Tile(64, 1, 16, 6), Tile(72, 1, 16, 6)],  # all weights of a block
+        2: [Tile(64, 2, 8, 4), Tile(72, 2, 8, 4)],
+        4: [Tile(64, 4, 5, 3), Tile(72, 4, 5, 3)],
+    },
+}
+"""To choose from, by how many times 64 rows there are; as many stages as shared memory holds, or as gain anything."""
 
 # as in the sources
 InArguments = structure(("u", "weights"), ("squares", "out"), (), ("rows", "n", "k", "num_squares"), ("eps",))
@@ -49,35 +75,35 @@ class Shape(NamedTuple):
     """What a kernel is compiled for."""
 
     kernel: str
-    n_tile: int
-    m_tiles: int
+    tile: Tile
     d_state: int
 
     def defines(self) -> dict[str, Any]:
-        weight_stages, row_stages = STAGES[self.kernel][self.m_tiles]
-        cluster = CLUSTERS[self.kernel]
+        tile = self.tile
         return {
-            "N_TILE": self.n_tile, "M_TILES": self.m_tiles, "D_STATE": self.d_state, "CLUSTER": cluster,
-            "SHARING": self.cluster_tiles, "WEIGHT_STAGES": weight_stages, "ROW_STAGES": row_stages,
-            "SHARED_BYTES": self.shared_bytes,
+            "N_TILE": tile.n, "M_TILES": tile.m, "D_STATE": self.d_state, "CLUSTER": CLUSTERS[self.kernel],
+            "SHARING_WEIGHTS": tile.sharing_weights, "SHARING_ROWS": tile.sharing_rows,
+            "WEIGHT_STAGES": tile.weight_stages, "ROW_STAGES": tile.row_stages, "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
     @property
-    def cluster_tiles(self) -> int:
-        """Of a cluster, whose blocks have one each, or one together."""
-        return CLUSTERS[self.kernel] if self.kernel == "project_in" else 1
-
-    @property
     def threads(self) -> int:
-        return 160 * self.m_tiles + 64
+        return 160 * self.tile.m + 64
 
     @property
     def shared_bytes(self) -> int:
         """`Shared` in the sources, which begins at a multiple of 1024, or a little more."""
-        rows, (weight_stages, row_stages) = 64 * self.m_tiles, STAGES[self.kernel][self.m_tiles]
-        rings = 2 * STEP * (weight_stages * self.n_tile + row_stages * rows) + 16 * (weight_stages + row_stages)
-        parts = 4 * rows * self.n_tile if self.kernel == "project_out" else 0
-        return 1024 + rings + parts + 4 * rows + 64
+        n, m, weight_stages, row_stages = self.tile[:4]
+        rings = 2 * STEP * (weight_stages * n + row_stages * 64 * m) + 16 * (weight_stages + row_stages)
+        parts = 256 * m * n if self.kernel == "project_out" else 0
+        return 1024 + rings + parts + 256 * m + 64
+
+    def num_tiles(self, n: int) -> int:
+        """Of n outputs."""
+        return -(-n // self.tile.n)
+
+    def num_clusters(self, n: int) -> int:
+        return -(-self.num_tiles(n) // self.tile.sharing_rows)
 
 
 @functools.cache
@@ -88,14 +114,13 @@ def kernel_of(shape: Shape, device: torch.device) -> Kernel:
 @functools.cache
 def shape_of(kernel: str, b: int, n: int, d_state: int, device: torch.device) -> Shape:
     """For b rows and n outputs. Tiles are so large that all are at work at once, if that can be."""
-    m_tiles = next(tiles for tiles in (1, 2, 4) if b <= 64 * tiles)
+    shapes = [Shape(kernel, tile, d_state) for tile in TILES[kernel][next(m for m in (1, 2, 4) if b <= 64 * m)]]
 
-    def cost(n_tile: int) -> tuple[int, int]:
-        shape = Shape(kernel, n_tile, m_tiles, d_state)
-        tiles = kernel_of(shape, device).clusters_at_once(CLUSTERS[kernel], shape.threads) * shape.cluster_tiles
-        return -(-num_tiles(shape, n) // tiles) * n_tile, n_tile
+    def cost(shape: Shape) -> tuple[int, int]:
+        at_once = kernel_of(shape, device).clusters_at_once(CLUSTERS[kernel], shape.threads)
+        return -(-shape.num_clusters(n) // at_once) * shape.tile.n, shape.tile.n
 
-    return Shape(kernel, min(N_TILES, key=cost), m_tiles, d_state)
+    return min(shapes, key=cost)
 
 
 def fits(layer: LayerWeights, b: int, device: torch.device) -> bool:
@@ -114,28 +139,22 @@ def fits(layer: LayerWeights, b: int, device: torch.device) -> bool:
     )
 
 
-def num_tiles(shape: Shape, n: int) -> int:
-    return -(-n // shape.n_tile)
-
-
 def num_squares(layer: LayerWeights, b: int, device: torch.device) -> int:
     """Partial sums of a row's squares that `project_out` leaves."""
     n = layer.out_proj.values.shape[0]
-    return num_tiles(shape_of("project_out", b, n, layer.ssm.shape[3], device), n)
+    return shape_of("project_out", b, n, layer.ssm.shape[3], device).num_tiles(n)
 
 
-def launch(shape: Shape, arguments: ctypes.Structure, blocks: int, device: torch.device, pdl: bool) -> None:
-    attributes = [cluster_of(CLUSTERS[shape.kernel])] + [PROGRAMMATIC] * pdl
-    kernel_of(shape, device)(arguments, blocks=blocks, threads=shape.threads, attributes=attributes)
-
-
-def num_blocks(shape: Shape, n: int) -> int:
-    """Whole clusters."""
-    return -(-num_tiles(shape, n) // shape.cluster_tiles) * CLUSTERS[shape.kernel]
+def launch(shape: Shape, arguments: ctypes.Structure, n: int, device: torch.device, pdl: bool) -> None:
+    size = CLUSTERS[shape.kernel]
+    attributes = [cluster_of(size)] + [PROGRAMMATIC] * pdl
+    kernel_of(shape, device)(arguments, blocks=shape.num_clusters(n) * size, threads=shape.threads, attributes=attributes)
 
 
 def maps_of(shape: Shape, rows: Rows, weight: Tensor) -> list[TensorMap]:
-    return [tensor_map(rows.values[None], 64 * shape.m_tiles // shape.cluster_tiles), tensor_map(weight[None], shape.n_tile)]
+    """In boxes that one block brings."""
+    tile = shape.tile
+    return [tensor_map(rows.values[None], 64 * tile.m // tile.sharing_rows), tensor_map(weight[None], tile.n // tile.sharing_weights)]
 
 
 def squares_of(rows: Rows) -> tuple[int | None, int]:
@@ -148,7 +167,7 @@ def project_in(rows: Rows, weight: Tensor, out: Tensor, *, eps: float, pdl: bool
     shape = shape_of("project_in", b, n, 0, out.device)
     squares, num = squares_of(rows)
     arguments = InArguments(*maps_of(shape, rows, weight), squares, out.data_ptr(), b, n, weight.shape[1], num, eps)
-    launch(shape, arguments, num_blocks(shape, n), out.device, pdl)
+    launch(shape, arguments, n, out.device, pdl)
 
 
 def project_out(
@@ -162,9 +181,9 @@ def project_out(
     d_state = shift.newest.shape[1] // 2
     shape = shape_of("project_out", b, n, d_state, residual.device)
     squares, num = squares_of(rows)
-    assert made.squares is not None and made.squares.shape[1] == num_tiles(shape, n)
+    assert made.squares is not None and made.squares.shape[1] == shape.num_tiles(n)
     pointers = [tensor.data_ptr() for tensor in (residual, norm, made.values, made.squares, *shift)]
     first = (shift.conv.shape[1] - 2 * d_state) * shift.conv.shape[2]
     strides = shift.conv.stride(0), first
     arguments = OutArguments(*maps_of(shape, rows, weight), squares, *pointers, *strides, b, n, weight.shape[1], num, eps)
-    launch(shape, arguments, num_blocks(shape, n), residual.device, pdl)
+    launch(shape, arguments, n, residual.device, pdl)

@@ -59,6 +59,19 @@ __device__ __forceinline__ void multiply(float (&sums)[36], u64 a, u64 b, bool a
         : "l"(a), "l"(b), "r"((int)adds));
 }
 
+// The same with b [144, 16].
+__device__ __forceinline__ void multiply(float (&sums)[72], u64 a, u64 b, bool adds) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, %74, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 {" NAMES_64
+        ", %64, %65, %66, %67, %68, %69, %70, %71}, %72, %73, adds, 1, 1, 0, 0;\n"
+        "}"
+        : SUMS_32(0), SUMS_32(32), SUMS_8(64)
+        : "l"(a), "l"(b), "r"((int)adds));
+}
+
 // sums += a [64, 16] b [16, 64], a in registers, b in shared memory, `along_columns`.
 __device__ __forceinline__ void multiply(float (&sums)[32], const u32 (&a)[4], u64 b) {
     asm volatile(
