@@ -135,8 +135,6 @@ def plain_mix_rows(shape, projected, layer, slots, is_t2i, mixed, counter, *, pd
 
 
 def normed(rows: project_rows.Rows, eps: float) -> Tensor:
-    if rows.squares is None:
-        return rows.values
     return rows.values / (rows.squares.sum(1, keepdim=True) / rows.values.shape[1] + eps).sqrt()
 
 
@@ -160,7 +158,7 @@ def test_a_step_whose_states_are_streamed(model, monkeypatch, path):
     shape = mix_rows.Shape(model.config.backbone.d_inner, 4, 512, 3, False, 3)  # tiles of two channels
     monkeypatch.setattr(mix_rows, "device_shape", lambda layer, num_rows, device: shape)
     monkeypatch.setattr(mix_rows, "mix_rows", plain_mix_rows)
-    monkeypatch.setattr(project_rows, "fits", lambda layer, b, device: path == "hopper")
+    monkeypatch.setattr(project_rows, "fits", lambda layer, heads, b, device: path == "hopper")
     monkeypatch.setattr(project_rows, "num_squares", lambda layer, b, device: 4)
     monkeypatch.setattr(project_rows, "project_in", plain_project_in)
     monkeypatch.setattr(project_rows, "project_out", plain_project_out)

@@ -280,14 +280,17 @@ class FusedDecoder:
     def _logits(self, bucket: _Bucket, tasks: frozenset[Task]) -> dict[Task, Tensor]:
         b, rows = bucket.b, bucket.rows
         residual = self._buffer("residual", b, self.config.backbone.d_model, torch.float32)
-        kernels.embed(rows.tokens, rows.is_t2i, rows.slots, self.state.position, self.embedding, residual, pdl=self.pdl)
+        path = self.path(b)
+        next = self._entering(b) if path == "hopper" else None
+        kernels.embed(rows.tokens, rows.is_t2i, rows.slots, self.state.position, self.embedding, residual, next, pdl=self.pdl)
         steps = {"one launch": self._one_launch, "vector": self._vector_step, "matrix": self._matrix_step, "hopper": self._hopper_step}
-        return steps[self.path(b)](b, rows, residual, tasks)
+        return steps[path](b, rows, residual, tasks)
 
     def path(self, b: int) -> str:
         """How a bucket of b rows is computed: `one launch`, `vector`, `hopper` or `matrix`, see `DecodeOptions`."""
         if b > self.options.max_vector_rows:
-            return "hopper" if self._streamed(b) and project_rows.fits(self.layers[0], b, self.device) else "matrix"
+            fits = self._streamed(b) and project_rows.fits(self.layers[0], list(self.heads.values()), b, self.device)
+            return "hopper" if fits else "matrix"
         return "one launch" if self.options.use_one_launch is not False and self._shape(b) else "vector"
 
     def _streamed(self, b: int) -> mix_rows.Shape | None:
@@ -298,7 +301,7 @@ class FusedDecoder:
 
     def _one_launch(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
         """Logits [b, v] of each task, by a kernel that goes through all layers."""
-        logits = self._vector_logits(b, tasks)
+        logits = self._logit_buffers(b, tasks, torch.float32)
         if (b, tasks) not in self._launches:
             shape = self._shape(b)
             assert shape is not None
@@ -320,13 +323,13 @@ class FusedDecoder:
                 y, layer.gated_norm, layer.out_proj, residual, eps=self.eps, add=True, shift=Shift(layer.conv, rows.slots, newest),
                 pdl=self.pdl,
             )  # fmt: skip
-        logits = self._vector_logits(b, tasks)
+        logits = self._logit_buffers(b, tasks, torch.float32)
         for task in tasks:
             kernels.project(residual, self.final_norm, self.heads[task], logits[task], eps=self.eps, pdl=self.pdl)
         return logits
 
-    def _vector_logits(self, b: int, tasks: frozenset[Task]) -> dict[Task, Tensor]:
-        return {task: self._buffer(f"{task} logits", b, self.heads[task].values.shape[0], torch.float32) for task in tasks}
+    def _logit_buffers(self, b: int, tasks: frozenset[Task], dtype: torch.dtype) -> dict[Task, Tensor]:
+        return {task: self._buffer(f"{task} logits in {dtype}", b, self.heads[task].values.shape[0], dtype) for task in tasks}
 
     def _matrix_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
         """The same by matrix products, in the model's dtype."""
@@ -365,29 +368,39 @@ class FusedDecoder:
             else:
                 multiply(gated, layer.out_proj, mixed)
         kernels.norm(residual, self.final_norm, u, eps=self.eps, **behind, pdl=self.pdl)
-        return self._matrix_logits(b, u, tasks)
+        logits = self._logit_buffers(b, tasks, self._dtype)
+        for task in tasks:
+            multiply(u, self.heads[task], logits[task])
+        return logits
+
+    def _entering(self, b: int) -> kernels.Normed:
+        """What the first layer of `_hopper_step` begins with."""
+        u = self._buffer("u", b, self.config.backbone.d_model, self._dtype)
+        return kernels.Normed(self.layers[0].norm, u, self._buffer("first squares", b, 1, torch.float32))
 
     def _hopper_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
-        """The same in three kernels a layer, without any for norms."""
+        """The same in three kernels a layer, and one for a head: none for norms."""
         config, streamed = self.config.backbone, self._streamed(b)
         assert streamed is not None
         num_squares = project_rows.num_squares(self.layers[0], b, self.device)
-        u = project_rows.Rows(self._buffer("u", b, config.d_model, self._dtype), self._buffer("u squares", b, num_squares, torch.float32))
+        _, *entering = self._entering(b)
+        u = project_rows.Rows(entering[0], self._buffer("u squares", b, num_squares, torch.float32))
         projected = self._buffer("matrix projected", b, self._width, self._dtype)
         mixed = self._mixed(b, streamed)
         gated = project_rows.Rows(mixed.gated, mixed.squares)
-        kernels.norm(residual, self.layers[0].norm, u.values, eps=self.eps, pdl=self.pdl)
-        entering = project_rows.Rows(u.values, None)  # normed, unlike what `project_out` makes
+        rows_in = project_rows.Rows(*entering)
         next_norms = [*(layer.norm for layer in self.layers[1:]), self.final_norm]
         for layer, counter, next_norm in zip(self.layers, self._counters, next_norms, strict=True):
             assert layer.packed is not None
-            project_rows.project_in(entering, layer.packed, projected, eps=self.eps, pdl=self.pdl)
+            project_rows.project_in(rows_in, layer.packed, projected, eps=self.eps, pdl=self.pdl)
             mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, mixed, counter, pdl=self.pdl)
             shift = Shift(layer.conv, rows.slots, mixed.newest)
             project_rows.project_out(gated, layer.out_proj.values, residual, next_norm, u, shift, eps=self.eps, pdl=self.pdl)
-            entering = u
-        kernels.norm(residual, self.final_norm, u.values, eps=self.eps, pdl=self.pdl)
-        return self._matrix_logits(b, u.values, tasks)
+            rows_in = u
+        logits = self._logit_buffers(b, tasks, self._dtype)
+        for task in tasks:
+            project_rows.project_in(u, self.heads[task].values, logits[task], eps=self.eps, pdl=self.pdl)
+        return logits
 
     def _mixed(self, b: int, streamed: mix_rows.Shape) -> mix_rows.Mixed:
         config = self.config.backbone
@@ -396,13 +409,6 @@ class FusedDecoder:
             self._buffer("squares", b, streamed.row_chunks, torch.float32),
             self._buffer("newest", b, 2 * config.d_state, torch.float32),
         )
-
-    def _matrix_logits(self, b: int, u: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
-        logits = {}
-        for task in tasks:
-            logits[task] = self._buffer(f"matrix {task} logits", b, self.heads[task].values.shape[0], self._dtype)
-            multiply(u, self.heads[task], logits[task])
-        return logits
 
     @torch.no_grad()
     def _filter(self, bucket: _Bucket, logits: dict[Task, Tensor]) -> None:

@@ -20,7 +20,7 @@ EPS, D_STATE, NUM_SLOTS = 1e-5, 16, 5
 def emulate(emulated, box_description, monkeypatch):
     def launch(shape, arguments, n, device, pdl) -> None:
         library = emulated(f"{shape.kernel}.cpp", shape.defines())
-        blocks = shape.num_clusters(n) * project_rows.CLUSTERS[shape.kernel]
+        blocks = shape.num_clusters(n) * shape.tile.cluster
         assert library.emulate(ctypes.byref(arguments), blocks, blocks), "threads waited for each other"
 
     monkeypatch.setattr(project_rows, "launch", launch)
@@ -43,15 +43,13 @@ class Projecting:
 
         self.b, self.n, self.k, self.device = b, n, k, device
         self.weight, self.norm = random(n, k), random(n)
-        self.rows = Rows(random(b, k), random(b, num_squares, dtype=torch.float32).square() * k / num_squares if num_squares else None)
+        self.rows = Rows(random(b, k), random(b, num_squares, dtype=torch.float32).square() * k / num_squares)
         self.residual = random(b, n, dtype=torch.float32)
         self.conv, self.newest = random(NUM_SLOTS, 3 + 2 * D_STATE, 4), random(b, 2 * D_STATE, dtype=torch.float32)
         self.slots = torch.tensor([[2, -1, 4, 0][i] if i < 4 else -1 for i in range(b)], device=device)
 
     def expected(self) -> Tensor:
         product = self.rows.values.double() @ self.weight.double().T
-        if self.rows.squares is None:
-            return product
         return product / (self.rows.squares.double().sum(1, keepdim=True) / self.k + EPS).sqrt()
 
     def nan(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -63,14 +61,16 @@ class Projecting:
         assert_near(out, self.expected(), 4e-3)
 
     def assert_projects_out(self, *, pdl: bool = False) -> None:
-        num = project_rows.shape_of("project_out", self.b, self.n, D_STATE, torch.device(self.device)).num_tiles(self.n)
+        shape = project_rows.shape_of("project_out", self.b, self.n, D_STATE, torch.device(self.device))
+        num, num_additions = shape.num_tiles(self.n), self.k / shape.tile.cluster / 16
         made = Rows(self.nan(self.b, self.n), self.nan(self.b, num, dtype=torch.float32))
         expected, conv = self.residual + self.expected(), self.conv.clone()
         shift = Shift(self.conv, self.slots, self.newest)
         project_rows.project_out(self.rows, self.weight, self.residual, self.norm, made, shift, eps=EPS, pdl=pdl)
-        assert_near(self.residual, expected, 2e-6)
+        tolerance = 1e-6 + num_additions * 2**-26  # tensor cores add sixteen products at once, rounding towards zero
+        assert_near(self.residual, expected, tolerance)
         assert_near(made.values, expected * self.norm.double(), 4e-3)
-        assert_near(made.squares.double().sum(1), expected.square().sum(1), 4e-6)
+        assert_near(made.squares.double().sum(1), expected.square().sum(1), 2 * tolerance)
         for row in (self.slots >= 0).nonzero()[:, 0].tolist():
             channels = conv[self.slots[row], 3:]
             channels[:] = torch.cat([channels[:, 1:], self.newest[row, :, None].bfloat16()], 1)
@@ -88,11 +88,13 @@ IN, OUT = TILES["project_in"], TILES["project_out"]
 @pytest.mark.parametrize(
     ("b", "n", "k", "tile", "num_squares"),
     [
-        (1, 64, 64, IN[1][0], 0),  # one step, and a tile of the cluster's two
+        (1, 64, 64, IN[1][0], 1),  # one step
         (64, 296, 640, IN[1][0], 9),
         (33, 152, 512, IN[1][1], 1),
+        (40, 136, 192, IN[1][2], 3),
         (100, 160, 512, IN[2][0], 5),
         (200, 296, 448, IN[4][0], 3),
+        (130, 136, 128, IN[4][1], 2),
     ],
 )
 def test_the_emulated_project_in(emulate, b, n, k, tile, num_squares):
@@ -103,10 +105,11 @@ def test_the_emulated_project_in(emulate, b, n, k, tile, num_squares):
 @pytest.mark.parametrize(
     ("b", "n", "k", "tile", "num_squares"),
     [
-        (1, 64, 256, OUT[1][0], 0),
+        (1, 64, 256, OUT[1][0], 1),
         (64, 200, 1792, OUT[1][0], 17),
         (40, 100, 512, OUT[1][1], 3),
-        (100, 130, 256, OUT[2][0], 5),
+        (100, 132, 256, OUT[2][0], 5),
+        (200, 136, 512, OUT[4][0], 3),
     ],
 )
 def test_the_emulated_project_out(emulate, b, n, k, tile, num_squares):
@@ -122,7 +125,7 @@ def test_the_launches(b, n, k, pdl):
     if not hopper.is_hopper(torch.device("cuda", 0)):
         pytest.skip("not a Hopper GPU")
     Projecting(b, n, k, 29, "cuda").assert_projects_in(pdl=pdl)
-    Projecting(b, n, k, 0 if b == 64 else 256, "cuda").assert_projects_out(pdl=pdl)
+    Projecting(b, n, k, 256, "cuda").assert_projects_out(pdl=pdl)
 
 
 @pytest.mark.slow

@@ -176,13 +176,6 @@ void copy_to_block(char* to, const char* from, u32 bytes, u64* barrier, u32 rank
     bulk_copy(emulation::in_cluster(size, rank, to), from, bytes, emulation::in_cluster(size, rank, barrier));
 }
 
-template <int size>
-void box_copy_to_cluster(char* to, const TensorMap& from, int column, int row, int batch, u64* barrier) {
-    for (int i = 0; i < size; i++) {
-        box_copy(emulation::in_cluster(size, i, to), from, column, row, batch, emulation::in_cluster(size, i, barrier));
-    }
-}
-
 inline void group_sync(int group) { emulation::meet(emulation::blocks[blockIdx.x].groups[group], GROUP); }
 
 template <int num>

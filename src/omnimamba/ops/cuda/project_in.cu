@@ -1,13 +1,12 @@
-// The product of a batch's rows and a weight matrix, in bf16: of rows that are normed, or that have yet to be divided by their root mean
-// square, which commutes with the product. The blocks of a cluster share rows, and each has outputs of its own; or they share outputs, and
-// each has rows of its own. See rows_product.cuh.
+// The product of a batch's rows, which have yet to be divided by their root mean square, and a weight matrix, in bf16. The division commutes
+// with the product. See rows_product.cuh.
 
 // ---- what the host passes
 
 struct Arguments {
     TensorMap u;           // [1, rows, k]
     TensorMap weights;     // [1, n, k]
-    const float* squares;  // [rows, num_squares]: what the squares of a row sum up to; of none, rows are normed
+    const float* squares;  // [rows, num_squares], whose sum is that of a row's squares
     u16* out;              // [rows, n], n a multiple of 8
     int rows, n, k, num_squares;
     float eps;
@@ -19,7 +18,7 @@ struct Shared {
     u64 scaled;
 };
 
-static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && SHARING_WEIGHTS * SHARING_ROWS == CLUSTER);
+static_assert(CLUSTER == 1 && sizeof(Shared) + 1024 <= SHARED_BYTES);
 static_assert(ROWS * N_TILE * 2 <= sizeof(Rings::weight_tiles));
 
 __device__ void compute(const Arguments& arguments, Shared& shared, int first, int output) {
@@ -47,16 +46,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_in(const __grid
     Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
     start_next_kernel();
     const int warp = warp_index(), lane = threadIdx.x % 32;
-    const int first = SHARING_ROWS == 1 ? (int)rank_in_cluster<CLUSTER>() * ROWS : 0;
-    const int output = (int)blockIdx.x / SHARING_WEIGHTS * N_TILE;
+    const int first = (int)blockIdx.x % ROW_BLOCKS * ROWS, output = (int)blockIdx.x / ROW_BLOCKS * N_TILE;
     if (warp == BRINGS_WEIGHTS && lane == 0) {
-        shared.rings.weights.init();
-        shared.rings.rows.init();
-        barrier_init(&shared.scaled, 32 * M_TILES);
+        shared.rings.init();
+        barrier_init(&shared.scaled, 32 * HELPERS);
         barriers_ready();
     }
-    __syncwarp();
-    cluster_sync<CLUSTER>();
+    __syncthreads();
     if (warp == BRINGS_WEIGHTS) {
         if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, output, 0, arguments.k);
     } else if (warp == BRINGS_ROWS) {
@@ -64,13 +60,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_in(const __grid
         if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, first, 0, arguments.k);
     } else if (warp >= HELPS) {
         wait_for_earlier_kernels();
-        const int row = (warp - HELPS) * 64;
-        find_scales<64>(
+        const int row = (warp - HELPS) * ROWS / HELPERS;
+        find_scales<ROWS / HELPERS>(
             shared.scales + row, arguments.squares, first + row, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
         barrier_arrive(&shared.scaled);
     } else {
         compute(arguments, shared, first, output);
     }
-    __syncwarp();
-    cluster_sync<CLUSTER>();  // no block leaves while others send to it
 }

@@ -9,15 +9,19 @@
 constexpr int OWN_ROWS = ROWS / CLUSTER;
 constexpr int OF_ROW = COMPUTING / OWN_ROWS;  // threads
 constexpr int OWN = N_TILE / OF_ROW;          // columns of a thread
+constexpr int UNIT = OWN % 4 == 0 ? 4 : 1;    // columns that are neighbours
 
-static_assert(SHARING_WEIGHTS == 1 && SHARING_ROWS == 1 && OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
+static_assert(OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
+
+// Of the tile: where the i-th of a thread's columns is.
+__device__ __forceinline__ int column_of(int i) { return (i / UNIT * OF_ROW + (int)threadIdx.x % OF_ROW) * UNIT + i % UNIT; }
 
 // ---- what the host passes
 
 struct Arguments {
     TensorMap u;                 // [1, rows, k]
     TensorMap weights;           // [1, n, k]
-    const float* squares;        // [rows, num_squares]: what the squares of a row of u sum up to; of none, rows are normed
+    const float* squares;        // [rows, num_squares], whose sum is that of the squares of a row of u
     float* residual;             // [rows, n]
     const u16* norm;             // [n], the next norm's weight
     u16* next;                   // [rows, n]: the new residual, times that
@@ -39,7 +43,7 @@ struct Shared {
 
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && ROWS * N_TILE * 4 <= sizeof(Rings::weight_tiles) + sizeof(Rings::row_tiles));
 
-__device__ void compute(const Arguments& arguments, Shared& shared, int tile, int rank) {
+__device__ void compute(const Arguments& arguments, Shared& shared, int row_block, int tile, int rank) {
     const int thread = threadIdx.x;
     float sums[NUM_SUMS];
     multiply_rows(shared.rings, arguments.k / CLUSTER, sums);
@@ -56,40 +60,64 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int tile, in
         float* to = shared.parts[rank][product_row % OWN_ROWS];
         copy_to_block<CLUSTER>((char*)to, (const char*)sent[product_row], 16 * N_TILE * 4, &shared.all_parts, product_row / OWN_ROWS);
     }
-    const int own_row = thread / OF_ROW, row = rank * OWN_ROWS + own_row, first = tile * N_TILE + thread % OF_ROW;
+    const int own_row = thread / OF_ROW, row = row_block * ROWS + rank * OWN_ROWS + own_row, first = tile * N_TILE;
     wait_for_earlier_kernels();
     float residual[OWN], norm[OWN];  // on their way while the parts are
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int column = min(first + i * OF_ROW, arguments.n - 1);
-        residual[i] = arguments.residual[min(row, arguments.rows - 1) * arguments.n + column];
-        norm[i] = bf16_at(arguments.norm + column);
+    for (int i = 0; i < OWN; i += UNIT) {
+        const int column = min(first + column_of(i), arguments.n - UNIT), at = min(row, arguments.rows - 1) * arguments.n + column;
+        if constexpr (UNIT == 4) {
+            const float4 four = *(const float4*)(arguments.residual + at);
+            const uint2 pairs = *(const uint2*)(arguments.norm + column);
+            const float2 low = unpack_bf16(pairs.x), high = unpack_bf16(pairs.y);
+            residual[i] = four.x, residual[i + 1] = four.y, residual[i + 2] = four.z, residual[i + 3] = four.w;
+            norm[i] = low.x, norm[i + 1] = low.y, norm[i + 2] = high.x, norm[i + 3] = high.y;
+        } else {
+            residual[i] = arguments.residual[at], norm[i] = bf16_at(arguments.norm + column);
+        }
     }
     barrier_wait(&shared.scaled, 0);
     barrier_wait(&shared.all_parts, 0);
     const float scale = shared.scales[own_row];
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int column = first + i * OF_ROW;
-        float sum = 0;
+    for (int i = 0; i < OWN; i += UNIT) {
+        const int column = column_of(i), at = row * arguments.n + first + column;
+        float values[UNIT] = {};
 #pragma unroll
-        for (int part = 0; part < CLUSTER; part++) sum += shared.parts[part][own_row][column - tile * N_TILE];
-        const float value = fmaf(sum, scale, residual[i]);
-        if (row >= arguments.rows || column >= arguments.n) continue;
-        squares = fmaf(value, value, squares);
-        arguments.residual[row * arguments.n + column] = value;
-        arguments.next[row * arguments.n + column] = to_bf16(value * norm[i]);
+        for (int part = 0; part < CLUSTER; part++) {
+            const float* from = &shared.parts[part][own_row][column];
+            if constexpr (UNIT == 4) {
+                const float4 four = *(const float4*)from;
+                values[0] += four.x, values[1] += four.y, values[2] += four.z, values[3] += four.w;
+            } else {
+                values[0] += *from;
+            }
+        }
+        if (row >= arguments.rows || first + column >= arguments.n) continue;
+#pragma unroll
+        for (int j = 0; j < UNIT; j++) {
+            values[j] = fmaf(values[j], scale, residual[i + j]);
+            squares = fmaf(values[j], values[j], squares);
+        }
+        if constexpr (UNIT == 4) {
+            *(float4*)(arguments.residual + at) = make_float4(values[0], values[1], values[2], values[3]);
+            *(uint2*)(arguments.next + at) =
+                uint2{pack_bf16(values[0] * norm[i], values[1] * norm[i + 1]), pack_bf16(values[2] * norm[i + 2], values[3] * norm[i + 3])};
+        } else {
+            arguments.residual[at] = values[0];
+            arguments.next[at] = to_bf16(values[0] * norm[i]);
+        }
     }
 #pragma unroll
     for (int mask = OF_ROW / 2; mask; mask /= 2) squares += shuffle_xor(squares, mask);
-    const int tiles = gridDim.x / CLUSTER;
+    const int tiles = gridDim.x / (CLUSTER * ROW_BLOCKS);
     if (row < arguments.rows && thread % OF_ROW == 0) arguments.next_squares[row * tiles + tile] = squares;
 }
 
 // The newest inputs of B and C enter the states of some rows' convolutions.
 __device__ void shift_convolutions(const Arguments& arguments, int helper) {
-    for (int row = (int)blockIdx.x * M_TILES + helper; row < arguments.rows; row += (int)gridDim.x * M_TILES) {
+    for (int row = (int)blockIdx.x * HELPERS + helper; row < arguments.rows; row += (int)gridDim.x * HELPERS) {
         const long long slot = arguments.slots[row];
         if (slot < 0) continue;
         uint2* conv = (uint2*)(arguments.conv + slot * arguments.conv_slot + arguments.first);
@@ -103,13 +131,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
     Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
     start_next_kernel();
     const int warp = warp_index(), lane = threadIdx.x % 32;
-    const int rank = (int)rank_in_cluster<CLUSTER>(), tile = (int)blockIdx.x / CLUSTER;
+    const int rank = (int)rank_in_cluster<CLUSTER>(), cluster = (int)blockIdx.x / CLUSTER;
+    const int row_block = cluster % ROW_BLOCKS, tile = cluster / ROW_BLOCKS;
     const int part = arguments.k / CLUSTER, first = rank * part;
     if (warp == BRINGS_WEIGHTS && lane == 0) {
-        shared.rings.weights.init();
-        shared.rings.rows.init();
+        shared.rings.init();
         barrier_init(&shared.all_parts, 1);
-        barrier_init(&shared.scaled, 32 * M_TILES);
+        barrier_init(&shared.scaled, 32 * HELPERS);
         barriers_ready();
         barrier_expect(&shared.all_parts, sizeof(shared.parts));
     }
@@ -119,17 +147,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
         if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, tile * N_TILE, first, first + part);
     } else if (warp == BRINGS_ROWS) {
         wait_for_earlier_kernels();
-        if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, 0, first, first + part);
+        if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, row_block * ROWS, first, first + part);
     } else if (warp >= HELPS) {
         wait_for_earlier_kernels();
-        const int helper = warp - HELPS, row = helper * OWN_ROWS / M_TILES;
-        find_scales<OWN_ROWS / M_TILES>(
-            shared.scales + row, arguments.squares, rank * OWN_ROWS + row, arguments.rows, arguments.num_squares, arguments.k,
+        const int helper = warp - HELPS, row = helper * OWN_ROWS / HELPERS;
+        find_scales<OWN_ROWS / HELPERS>(
+            shared.scales + row, arguments.squares, row_block * ROWS + rank * OWN_ROWS + row, arguments.rows, arguments.num_squares, arguments.k,
             arguments.eps);
         barrier_arrive(&shared.scaled);
         shift_convolutions(arguments, helper);
     } else {
-        compute(arguments, shared, tile, rank);
+        compute(arguments, shared, row_block, tile, rank);
     }
     __syncwarp();
     cluster_sync<CLUSTER>();  // no block leaves while others send to it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, cluster_of
 from omnimamba.ops.cuda.hopper import TensorMap, is_hopper, structure, tensor_map
-from omnimamba.ops.triton.decode import LayerWeights, Shift
+from omnimamba.ops.triton.decode import LayerWeights, Shift, Weight
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "channels.cuh", "rows_product.cuh")
 MAX_ROWS = 256
 STEP = 64  # columns of a stage
-CLUSTERS = {"project_in": 2, "project_out": 4}
 
 
 class Tile(NamedTuple):
@@ -31,25 +31,26 @@ class Tile(NamedTuple):
     """Times 64 rows."""
     weight_stages: int
     row_stages: int
-    sharing_weights: int = 1
-    """Blocks of a cluster that have the same outputs, and rows of their own."""
-    sharing_rows: int = 1
-    """The other way round."""
+    row_blocks: int = 1
+    """Blocks for all rows."""
+    cluster: int = 1
+    """Blocks for all columns."""
 
 
 TILES = {
     "project_in": {
-        1: [Tile(64, 1, 13, 8, sharing_rows=2), Tile(72, 1, 13, 8, sharing_rows=2)],
-        2: [Tile(144, 1, 7, 7, sharing_weights=2)],
-        4: [Tile(144, 2, 6, 6, sharing_weights=2)],
+        1: [Tile(64, 1, 13, 13), Tile(72, 1, 13, 13), Tile(128, 1, 9, 9)],
+        2: [Tile(72, 2, 9, 7), Tile(128, 2, 6, 6)],
+        4: [Tile(136, 2, 6, 7, row_blocks=2), Tile(128, 4, 4, 4)],
     },
     "project_out": {
-        1: [Tile(64, 1, 16, 6), Tile(72, 1, 16, 6)],  # all weights of a block
-        2: [Tile(64, 2, 8, 4), Tile(72, 2, 8, 4)],
-        4: [Tile(64, 4, 5, 3), Tile(72, 4, 5, 3)],
+        1: [Tile(64, 1, 16, 7, cluster=4), Tile(72, 1, 16, 7, cluster=4)],  # all weights of a block
+        2: [Tile(64, 2, 8, 4, cluster=4), Tile(72, 2, 8, 4, cluster=4)],
+        4: [Tile(64, 2, 8, 7, row_blocks=2, cluster=2)],
     },
 }
 """To choose from, by how many times 64 rows there are; as many stages as shared memory holds, or as gain anything."""
+MAX_CLUSTER = 4
 
 # as in the sources
 InArguments = structure(("u", "weights"), ("squares", "out"), (), ("rows", "n", "k", "num_squares"), ("eps",))
@@ -63,12 +64,12 @@ OutArguments = structure(
 
 
 class Rows(NamedTuple):
-    """What is to be projected."""
+    """What is to be normed and projected."""
 
     values: Tensor
-    """[b, k] bf16."""
-    squares: Tensor | None
-    """[b, any] fp32, whose sum is that of a row's squares, by whose mean's root it has yet to be divided; None: it has been."""
+    """[b, k] bf16: rows times the norm's weight, which have yet to be divided by their root mean square."""
+    squares: Tensor
+    """[b, any] fp32, whose sum is that of a row's squares."""
 
 
 class Shape(NamedTuple):
@@ -79,16 +80,15 @@ class Shape(NamedTuple):
     d_state: int
 
     def defines(self) -> dict[str, Any]:
-        tile = self.tile
+        n, m, weight_stages, row_stages, row_blocks, cluster = self.tile
         return {
-            "N_TILE": tile.n, "M_TILES": tile.m, "D_STATE": self.d_state, "CLUSTER": CLUSTERS[self.kernel],
-            "SHARING_WEIGHTS": tile.sharing_weights, "SHARING_ROWS": tile.sharing_rows,
-            "WEIGHT_STAGES": tile.weight_stages, "ROW_STAGES": tile.row_stages, "SHARED_BYTES": self.shared_bytes,
+            "N_TILE": n, "M_TILES": m, "ROW_BLOCKS": row_blocks, "CLUSTER": cluster, "WEIGHT_STAGES": weight_stages,
+            "ROW_STAGES": row_stages, "D_STATE": self.d_state, "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
     @property
     def threads(self) -> int:
-        return 160 * self.tile.m + 64
+        return 128 * self.tile.m + 32 * (2 + min(self.tile.m, 2))
 
     @property
     def shared_bytes(self) -> int:
@@ -103,7 +103,7 @@ class Shape(NamedTuple):
         return -(-n // self.tile.n)
 
     def num_clusters(self, n: int) -> int:
-        return -(-self.num_tiles(n) // self.tile.sharing_rows)
+        return self.num_tiles(n) * self.tile.row_blocks
 
 
 @functools.cache
@@ -117,24 +117,24 @@ def shape_of(kernel: str, b: int, n: int, d_state: int, device: torch.device) ->
     shapes = [Shape(kernel, tile, d_state) for tile in TILES[kernel][next(m for m in (1, 2, 4) if b <= 64 * m)]]
 
     def cost(shape: Shape) -> tuple[int, int]:
-        at_once = kernel_of(shape, device).clusters_at_once(CLUSTERS[kernel], shape.threads)
-        return -(-shape.num_clusters(n) // at_once) * shape.tile.n, shape.tile.n
+        at_once = kernel_of(shape, device).clusters_at_once(shape.tile.cluster, shape.threads)
+        return -(-shape.num_clusters(n) // at_once) * shape.tile.n * shape.tile.m, -shape.tile.n
 
     return min(shapes, key=cost)
 
 
-def fits(layer: LayerWeights, b: int, device: torch.device) -> bool:
-    """Whether the kernels can project b rows of such layers: all in bf16, of whole steps of columns."""
+def fits(layer: LayerWeights, heads: Sequence[Weight], b: int, device: torch.device) -> bool:
+    """Whether the kernels can project b rows of such layers, and for such heads: all in bf16, of whole steps of columns."""
+    if not is_hopper(device) or b > MAX_ROWS or layer.packed is None:
+        return False
+    weights_in, weight_out = [layer.packed, *(head.values for head in heads)], layer.out_proj.values
     return (
-        is_hopper(device)
-        and b <= MAX_ROWS
-        and layer.packed is not None
-        and all(tensor.dtype == torch.bfloat16 for tensor in (layer.norm, layer.packed, layer.out_proj.values, layer.conv))
-        and layer.packed.data_ptr() % 16 == layer.out_proj.values.data_ptr() % 16 == 0
+        all(tensor.dtype == torch.bfloat16 for tensor in (layer.norm, layer.conv, *weights_in, weight_out))
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (*weights_in, weight_out))
+        and all(weight.shape[0] % 8 == 0 and weight.shape[1] % STEP == 0 for weight in weights_in)
+        and weight_out.shape[0] % 4 == 0
+        and weight_out.shape[1] % (STEP * MAX_CLUSTER) == 0
         and layer.conv.shape[2] == 4
-        and layer.packed.shape[0] % 8 == 0
-        and layer.packed.shape[1] % STEP == 0
-        and layer.out_proj.values.shape[1] % (STEP * CLUSTERS["project_out"]) == 0
         and layer.ssm.shape[3] % 16 == 0
     )
 
@@ -146,27 +146,21 @@ def num_squares(layer: LayerWeights, b: int, device: torch.device) -> int:
 
 
 def launch(shape: Shape, arguments: ctypes.Structure, n: int, device: torch.device, pdl: bool) -> None:
-    size = CLUSTERS[shape.kernel]
+    size = shape.tile.cluster
     attributes = [cluster_of(size)] + [PROGRAMMATIC] * pdl
     kernel_of(shape, device)(arguments, blocks=shape.num_clusters(n) * size, threads=shape.threads, attributes=attributes)
 
 
 def maps_of(shape: Shape, rows: Rows, weight: Tensor) -> list[TensorMap]:
-    """In boxes that one block brings."""
-    tile = shape.tile
-    return [tensor_map(rows.values[None], 64 * tile.m // tile.sharing_rows), tensor_map(weight[None], tile.n // tile.sharing_weights)]
-
-
-def squares_of(rows: Rows) -> tuple[int | None, int]:
-    return (None, 0) if rows.squares is None else (rows.squares.data_ptr(), rows.squares.shape[1])
+    return [tensor_map(rows.values[None], 64 * shape.tile.m), tensor_map(weight[None], shape.tile.n)]
 
 
 def project_in(rows: Rows, weight: Tensor, out: Tensor, *, eps: float, pdl: bool = False) -> None:
     """out [b, n] = normed rows @ weight.T, all bf16. weight: [n, k], n a multiple of 8."""
     b, n = out.shape
     shape = shape_of("project_in", b, n, 0, out.device)
-    squares, num = squares_of(rows)
-    arguments = InArguments(*maps_of(shape, rows, weight), squares, out.data_ptr(), b, n, weight.shape[1], num, eps)
+    maps, num_squares = maps_of(shape, rows, weight), rows.squares.shape[1]
+    arguments = InArguments(*maps, rows.squares.data_ptr(), out.data_ptr(), b, n, weight.shape[1], num_squares, eps)
     launch(shape, arguments, n, out.device, pdl)
 
 
@@ -180,10 +174,9 @@ def project_out(
     b, n = residual.shape
     d_state = shift.newest.shape[1] // 2
     shape = shape_of("project_out", b, n, d_state, residual.device)
-    squares, num = squares_of(rows)
-    assert made.squares is not None and made.squares.shape[1] == shape.num_tiles(n)
-    pointers = [tensor.data_ptr() for tensor in (residual, norm, made.values, made.squares, *shift)]
+    assert made.squares.shape[1] == shape.num_tiles(n)
+    pointers = [tensor.data_ptr() for tensor in (rows.squares, residual, norm, made.values, made.squares, *shift)]
     first = (shift.conv.shape[1] - 2 * d_state) * shift.conv.shape[2]
     strides = shift.conv.stride(0), first
-    arguments = OutArguments(*maps_of(shape, rows, weight), squares, *pointers, *strides, b, n, weight.shape[1], num, eps)
+    arguments = OutArguments(*maps_of(shape, rows, weight), *pointers, *strides, b, n, weight.shape[1], rows.squares.shape[1], eps)
     launch(shape, arguments, n, residual.device, pdl)

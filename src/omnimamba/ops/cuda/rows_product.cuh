@@ -1,51 +1,42 @@
 // Products of a batch's rows and a weight matrix, u [rows, k] weights [n, k]^T, on the way from memory to sums in registers.
 //
 // At few rows the time is that of reading the weights once. Their first tiles travel before the kernels before this one have ended, whose
-// results are the rows. Each block reads all weights of its outputs and all of its rows, from L2 if others need them, too: so the blocks of
-// a cluster may share either, of which each brings a part to all (multicast). At many rows what counts is how often a tile in shared memory
-// is read: by as few warpgroups as there can be, for as many outputs.
+// results are the rows. At many rows what counts is how often tiles in shared memory are read: by as few warpgroups as there can be, for as
+// many outputs. So the blocks of a grid share out the outputs and, in ROW_BLOCKS parts, the rows; those of a cluster the columns. (Blocks
+// that bring each other tiles by multicast take longer: they wait for each other.)
 //
-// A warpgroup multiplies 64 rows, one warp brings weights, another one rows; as many as warpgroups are there for what else is to do. Sums
-// are fp32.
+// A warpgroup multiplies 64 rows, one warp brings weights, another one rows; HELPERS are there for what else is to do. Sums are fp32.
 //
-// The including code defines N_TILE, M_TILES (of 64 rows), both of a block, CLUSTER (blocks), SHARING_WEIGHTS and SHARING_ROWS (1 or
-// CLUSTER), WEIGHT_STAGES and ROW_STAGES (of 64 columns).
+// The including code defines N_TILE and M_TILES (of 64 rows), both of a block, ROW_BLOCKS, CLUSTER (blocks), WEIGHT_STAGES and ROW_STAGES (of
+// 64 columns).
 
 constexpr int STEP = 64;  // columns
 constexpr int ROWS = 64 * M_TILES;
 constexpr int COMPUTING = M_TILES * GROUP;  // threads
-constexpr int THREADS = COMPUTING + (2 + M_TILES) * 32;
-constexpr int BRINGS_WEIGHTS = COMPUTING / 32, BRINGS_ROWS = BRINGS_WEIGHTS + 1, HELPS = BRINGS_WEIGHTS + 2;  // warps; the rest help, too
+constexpr int HELPERS = M_TILES < 2 ? M_TILES : 2;  // warps
+constexpr int THREADS = COMPUTING + (2 + HELPERS) * 32;
+constexpr int BRINGS_WEIGHTS = COMPUTING / 32, BRINGS_ROWS = BRINGS_WEIGHTS + 1, HELPS = BRINGS_WEIGHTS + 2;  // warps
 constexpr int NUM_SUMS = N_TILE / 2;  // of a thread
 
 static_assert(N_TILE % 8 == 0);
 
-// Who waits for tiles [SIZE, STEP], and for their places, in a ring of so many stages. SHARING blocks need the same ones.
-template <int SIZE, int STAGES, int SHARING>
+// Who waits for tiles [SIZE, STEP], and for their places, in a ring of so many stages.
+template <int SIZE, int STAGES>
 struct Ring {
-    u64 full[STAGES], empty[STAGES];  // the latter: in all blocks that share
-
-    static constexpr int PART = SIZE / SHARING;
-    static_assert(PART % 8 == 0 && (SHARING == 1 || SHARING == CLUSTER));
+    u64 full[STAGES], empty[STAGES];
 
     __device__ __forceinline__ void init() {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], SHARING * COMPUTING / 32);
+            barrier_init(&empty[i], COMPUTING / 32);
         }
     }
 
-    // Columns [first, end) of a tensor [1, any, k] in boxes of PART rows, from `row` on.
+    // Columns [first, end) of a tensor [1, any, k] in boxes of SIZE rows, from `row` on.
     __device__ __forceinline__ void bring(char (&tiles)[STAGES][SIZE * ROW], const TensorMap& from, int row, int first, int end) {
-        const int part = SHARING == 1 ? 0 : (int)rank_in_cluster<CLUSTER>() * PART;
         for (int num = 0; first + num * STEP < end; num++) {
             u64* barrier = expect_stage(full, empty, num, SIZE * ROW);
-            char* to = tiles[num % STAGES] + part * ROW;
-            if constexpr (SHARING == 1) {
-                box_copy(to, from, first + num * STEP, row, 0, barrier);
-            } else {
-                box_copy_to_cluster<CLUSTER>(to, from, first + num * STEP, row + part, 0, barrier);
-            }
+            box_copy(tiles[num % STAGES], from, first + num * STEP, row, 0, barrier);
         }
     }
 
@@ -57,12 +48,7 @@ struct Ring {
 
     // A warp has read it.
     __device__ __forceinline__ void free(int num) {
-        const int lane = threadIdx.x % 32;
-        if constexpr (SHARING == 1) {
-            if (lane == 0) barrier_arrive(&empty[num % STAGES]);
-        } else {
-            if (lane < SHARING) barrier_arrive_at<CLUSTER>(&empty[num % STAGES], lane);
-        }
+        if (threadIdx.x % 32 == 0) barrier_arrive(&empty[num % STAGES]);
     }
 };
 
@@ -70,8 +56,13 @@ struct Ring {
 struct Rings {
     char weight_tiles[WEIGHT_STAGES][N_TILE * ROW];
     char row_tiles[ROW_STAGES][ROWS * ROW];
-    Ring<N_TILE, WEIGHT_STAGES, SHARING_WEIGHTS> weights;
-    Ring<ROWS, ROW_STAGES, SHARING_ROWS> rows;
+    Ring<N_TILE, WEIGHT_STAGES> weights;
+    Ring<ROWS, ROW_STAGES> rows;
+
+    __device__ __forceinline__ void init() {
+        weights.init();
+        rows.init();
+    }
 };
 
 // The products of a warpgroup's rows, all of k columns.
@@ -94,7 +85,7 @@ __device__ __forceinline__ void multiply_rows(Rings& rings, int k, float (&sums)
 }
 
 // One over the root mean square of each of NUM rows of k numbers from `first` on, as far as there are rows, by a warp. What the squares of
-// a row sum up to are `num` numbers; 1 if there are none.
+// a row sum up to are `num` numbers.
 template <int NUM>
 __device__ __forceinline__ void find_scales(float* scales, const float* squares, int first, int rows, int num, int k, float eps) {
     constexpr int LANES = 4, TOGETHER = 2, LOADS = 8;  // lanes for a row; loads that are under way before the first one is needed
@@ -122,7 +113,7 @@ __device__ __forceinline__ void find_scales(float* scales, const float* squares,
         for (int i = 0; i < TOGETHER; i++) {
 #pragma unroll
             for (int mask = LANES / 2; mask; mask /= 2) sums[i] += shuffle_xor(sums[i], mask);
-            if (lane % LANES == 0) scales[own + i * 32 / LANES] = num == 0 ? 1 : 1 / sqrtf(sums[i] / k + eps);
+            if (lane % LANES == 0) scales[own + i * 32 / LANES] = 1 / sqrtf(sums[i] / k + eps);
         }
     }
 }

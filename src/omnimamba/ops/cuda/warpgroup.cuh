@@ -59,16 +59,27 @@ __device__ __forceinline__ void multiply(float (&sums)[36], u64 a, u64 b, bool a
         : "l"(a), "l"(b), "r"((int)adds));
 }
 
-// The same with b [144, 16].
-__device__ __forceinline__ void multiply(float (&sums)[72], u64 a, u64 b, bool adds) {
+// The same with b [128, 16].
+__device__ __forceinline__ void multiply(float (&sums)[64], u64 a, u64 b, bool adds) {
     asm volatile(
         "{\n"
         ".reg .pred adds;\n"
-        "setp.ne.b32 adds, %74, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 {" NAMES_64
-        ", %64, %65, %66, %67, %68, %69, %70, %71}, %72, %73, adds, 1, 1, 0, 0;\n"
+        "setp.ne.b32 adds, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, %64, %65, adds, 1, 1, 0, 0;\n"
         "}"
-        : SUMS_32(0), SUMS_32(32), SUMS_8(64)
+        : SUMS_32(0), SUMS_32(32)
+        : "l"(a), "l"(b), "r"((int)adds));
+}
+
+// The same with b [136, 16].
+__device__ __forceinline__ void multiply(float (&sums)[68], u64 a, u64 b, bool adds) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, %70, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 {" NAMES_64 ", %64, %65, %66, %67}, %68, %69, adds, 1, 1, 0, 0;\n"
+        "}"
+        : SUMS_32(0), SUMS_32(32), SUMS_4(64)
         : "l"(a), "l"(b), "r"((int)adds));
 }
 
@@ -198,16 +209,6 @@ __device__ __forceinline__ void copy_to_block(char* to, const char* from, u32 by
                      address_in_cluster(to, rank)),
                  "r"(shared_address(from)), "r"(bytes), "r"(address_in_cluster(barrier, rank))
                  : "memory");
-}
-
-// `box_copy` to this place in all blocks, whose barriers count the bytes.
-template <int size>
-__device__ __forceinline__ void box_copy_to_cluster(char* to, const TensorMap& from, int column, int row, int batch, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
-        "l"(&from), "r"(column), "r"(row), "r"(batch), "r"(shared_address(barrier)), "h"((u16)((1 << size) - 1))
-        : "memory");
 }
 
 // All threads of one of the first two warpgroups.

@@ -426,11 +426,14 @@ def norm_kernel(
 
 @triton.jit
 def embed_kernel(
-    tokens, is_t2i, slots, position, image_table, text_table, text_scale, image_positions, text_positions, out,
+    tokens, is_t2i, slots, position, image_table, text_table, text_scale, image_positions, text_positions, out, norm, next, squares,
     num_image_positions, num_text_positions,
-    HAS_SCALE: tl.constexpr, FORM: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr, PDL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, FORM: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr, HAS_NEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = table[token] + positions[position of the slot], rounded as in the table's dtype; the slot's position moves on by one."""
+    """out = table[token] + positions[position of the slot], rounded as in the table's dtype; the slot's position moves on by one.
+
+    HAS_NEXT: next = out * norm, and the sum of out's squares.
+    """
     start(PDL)
     i_row = tl.program_id(0)
     wait(PDL)
@@ -450,7 +453,12 @@ def embed_kernel(
             b_token *= tl.load(text_scale + token)
         b_position = tl.load(text_positions + tl.minimum(at, num_text_positions - 1) * K + o_k, mask=m_k, other=0.0)
     total = (b_token + b_position.to(tl.float32)).to(b_position.dtype)
-    tl.store(out + i_row * K + o_k, total.to(tl.float32), mask=m_k)
+    b_out = total.to(tl.float32)
+    tl.store(out + i_row * K + o_k, b_out, mask=m_k)
+    if HAS_NEXT:
+        b_norm = tl.load(norm + o_k, mask=m_k, other=0.0).to(tl.float32)
+        tl.store(next + i_row * K + o_k, (b_out * b_norm).to(next.dtype.element_ty), mask=m_k)
+        tl.store(squares + i_row, tl.sum(b_out * b_out, 0))
     tl.store(position + slot, at + 1)
 
 
@@ -600,6 +608,17 @@ class Embedding(NamedTuple):
     text_positions: Tensor
 
 
+class Normed(NamedTuple):
+    """Where rows of the residual stream go on their way to a norm's product."""
+
+    weight: Tensor
+    """[d], the norm's."""
+    values: Tensor
+    """[b, d], rows times the weight, which have yet to be divided by their root mean square."""
+    squares: Tensor
+    """[b, 1] fp32: the sum of a row's squares."""
+
+
 def embed(
     tokens: Tensor,
     is_t2i: Tensor,
@@ -607,17 +626,19 @@ def embed(
     position: Tensor,
     tables: Embedding,
     out: Tensor,
+    next: Normed | None = None,
     *,
     pdl: bool = False,
 ) -> None:
     """out [b, d] fp32: embedding plus position of each row's token; `position` [slots] moves on by one, in place."""
     b, k = out.shape
+    targets = (out, out, out) if next is None else next
     text = tables.text_table
     values, form = readable(text.values)
     with torch.cuda.device_of(out):
         embed_kernel[(b,)](
             tokens, is_t2i, slots, position, tables.image_table, values, out if text.scale is None else text.scale,
-            tables.image_positions, tables.text_positions, out, tables.image_positions.shape[0], tables.text_positions.shape[0],
-            HAS_SCALE=text.scale is not None, FORM=form, K=k, TILE_K=triton.next_power_of_2(k), PDL=pdl, num_warps=4, num_stages=1,
-            **({"launch_pdl": True} if pdl else {}),
+            tables.image_positions, tables.text_positions, out, *targets, tables.image_positions.shape[0], tables.text_positions.shape[0],
+            HAS_SCALE=text.scale is not None, FORM=form, K=k, TILE_K=triton.next_power_of_2(k), HAS_NEXT=next is not None, PDL=pdl,
+            num_warps=4, num_stages=1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

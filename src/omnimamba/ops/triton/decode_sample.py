@@ -119,23 +119,31 @@ def finish_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_part = tl.arange(0, TILE)
     wait(PDL)
+    # all loads are under way at once
     null = tl.load(null_rows + i_row)
-    if (null < 0) | (tl.load(slots + i_row) < 0):
-        return
+    slot = tl.load(slots + i_row)
     task = tl.load(is_t2i + i_row)
     degrees = tl.load(temperature + i_row)
-    m_part = o_part < tl.where(task != 0, image_parts, text_parts)
-    b_maximum = tl.load(maximum + i_row * num_parts + o_part, mask=m_part, other=float("-inf"))
-    b_score = tl.load(score + i_row * num_parts + o_part, mask=m_part, other=float("-inf"))
-    if tl.load(is_greedy + i_row) == 0:  # each part's scores are relative to its own maximum
-        b_score += (b_maximum - tl.max(b_maximum, 0)) / tl.where(degrees > 0, degrees, 1.0)
-    next_token = tl.load(token + i_row * num_parts + tl.argmax(b_score, 0))
+    greedy = tl.load(is_greedy + i_row) != 0
     at = tl.load(emitted + i_row)
     left = tl.load(remaining + i_row) - 1
+    step = tl.load(steps + i_row)
+    p_part, is_there = i_row * num_parts + o_part, o_part < num_parts
+    b_maximum = tl.load(maximum + p_part, mask=is_there, other=float("-inf"))
+    b_score = tl.load(score + p_part, mask=is_there, other=float("-inf"))
+    b_token = tl.load(token + p_part, mask=is_there, other=0)
+    if (null < 0) | (slot < 0):
+        return
+    m_part = o_part < tl.where(task != 0, image_parts, text_parts)
+    highest = tl.max(tl.where(m_part, b_maximum, float("-inf")), 0)
+    if not greedy:  # each part's scores are relative to its own maximum
+        b_score += (b_maximum - highest) / tl.where(degrees > 0, degrees, 1.0)
+    best = tl.argmax(tl.where(m_part, b_score, float("-inf")), 0)
+    next_token = tl.sum(tl.where(o_part == best, b_token, 0), 0)
     tl.store(drawn + i_row * drawn_row + at, next_token)
     tl.store(emitted + i_row, at + 1)
     tl.store(remaining + i_row, left)
-    tl.store(steps + i_row, tl.load(steps + i_row) + 1)
+    tl.store(steps + i_row, step + 1)
     tl.store(tokens + i_row, next_token)
     tl.store(tokens + null, next_token)
     flags = tl.load(text_flags + next_token, mask=task == 0, other=0)
