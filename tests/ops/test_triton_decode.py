@@ -127,15 +127,16 @@ def test_a_step_equals_the_plain_one(model, monkeypatch, path, name, dtype):
 
 
 def plain_mix_rows(shape, projected, layer, slots, is_t2i, mixed, counter, *, pdl):
-    y = torch.full(mixed.gated.shape, torch.nan, device=projected.device)
+    b = len(projected)
+    y = torch.full((b, mixed.gated.shape[1]), torch.nan, device=projected.device)
     kernel.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, slots, is_t2i, y, mixed.newest, pdl=pdl)
-    mixed.gated.copy_(y * layer.gated_norm)
+    mixed.gated[:b] = y * layer.gated_norm
     mixed.squares.copy_(y.square().unflatten(1, (shape.row_chunks, -1)).sum(2))
     counter += 1
 
 
 def normed(rows: project_rows.Rows, eps: float) -> Tensor:
-    return rows.values / (rows.squares.sum(1, keepdim=True) / rows.values.shape[1] + eps).sqrt()
+    return rows.values[: len(rows.squares)] / (rows.squares.sum(1, keepdim=True) / rows.values.shape[1] + eps).sqrt()
 
 
 def plain_project_in(rows, weight, out, *, eps, pdl):
@@ -144,7 +145,7 @@ def plain_project_in(rows, weight, out, *, eps, pdl):
 
 def plain_project_out(rows, weight, residual, norm, made, shift, *, eps, pdl):
     residual += normed(rows, eps) @ weight.T
-    made.values.copy_(residual * norm)
+    made.values[: len(residual)] = residual * norm
     made.squares.copy_(residual.square().unflatten(1, (made.squares.shape[1], -1)).sum(2))
     for slot, newest in zip(shift.slots.tolist(), shift.newest, strict=True):
         if slot >= 0:

@@ -360,7 +360,7 @@ class FusedDecoder:
                 kernels.mix(projected, layer.lora, layer.mixer, layer.conv, layer.ssm, rows.slots, rows.is_t2i, y, newest, pdl=self.pdl)
                 kernels.norm(y, layer.gated_norm, gated, eps=self.eps, shift=shift, pdl=self.pdl)
             else:
-                mixed_rows = self._mixed(b, streamed)
+                mixed_rows = self._mixed(b, streamed, gated)
                 behind |= {"squares": Squares(mixed_rows.squares, config.d_inner), "shift": shift}
                 mix_rows.mix_rows(streamed, projected, layer, rows.slots, rows.is_t2i, mixed_rows, counter, pdl=self.pdl)
             if num_parts:
@@ -375,7 +375,7 @@ class FusedDecoder:
 
     def _entering(self, b: int) -> kernels.Normed:
         """What the first layer of `_hopper_step` begins with."""
-        u = self._buffer("u", b, self.config.backbone.d_model, self._dtype)
+        u = self._buffer("u", max(b, project_rows.WHOLE), self.config.backbone.d_model, self._dtype)
         return kernels.Normed(self.layers[0].norm, u, self._buffer("first squares", b, 1, torch.float32))
 
     def _hopper_step(self, b: int, rows: Rows, residual: Tensor, tasks: frozenset[Task]) -> dict[Task, Tensor]:
@@ -383,12 +383,12 @@ class FusedDecoder:
         config, streamed = self.config.backbone, self._streamed(b)
         assert streamed is not None
         num_squares = project_rows.num_squares(self.layers[0], b, self.device)
-        _, *entering = self._entering(b)
-        u = project_rows.Rows(entering[0], self._buffer("u squares", b, num_squares, torch.float32))
+        entering = self._entering(b)
+        u = project_rows.Rows(entering.values, self._buffer("u squares", b, num_squares, torch.float32))
         projected = self._buffer("matrix projected", b, self._width, self._dtype)
-        mixed = self._mixed(b, streamed)
+        mixed = self._mixed(b, streamed, self._buffer("gated", max(b, project_rows.WHOLE), config.d_inner, self._dtype))
         gated = project_rows.Rows(mixed.gated, mixed.squares)
-        rows_in = project_rows.Rows(*entering)
+        rows_in = project_rows.Rows(entering.values, entering.squares)
         next_norms = [*(layer.norm for layer in self.layers[1:]), self.final_norm]
         for layer, counter, next_norm in zip(self.layers, self._counters, next_norms, strict=True):
             assert layer.packed is not None
@@ -402,13 +402,9 @@ class FusedDecoder:
             project_rows.project_in(u, self.heads[task].values, logits[task], eps=self.eps, pdl=self.pdl)
         return logits
 
-    def _mixed(self, b: int, streamed: mix_rows.Shape) -> mix_rows.Mixed:
-        config = self.config.backbone
-        return mix_rows.Mixed(
-            self._buffer("gated", b, config.d_inner, self._dtype),
-            self._buffer("squares", b, streamed.row_chunks, torch.float32),
-            self._buffer("newest", b, 2 * config.d_state, torch.float32),
-        )
+    def _mixed(self, b: int, streamed: mix_rows.Shape, gated: Tensor) -> mix_rows.Mixed:
+        squares = self._buffer("squares", b, streamed.row_chunks, torch.float32)
+        return mix_rows.Mixed(gated, squares, self._buffer("newest", b, 2 * self.config.backbone.d_state, torch.float32))
 
     @torch.no_grad()
     def _filter(self, bucket: _Bucket, logits: dict[Task, Tensor]) -> None:

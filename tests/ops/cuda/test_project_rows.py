@@ -43,13 +43,13 @@ class Projecting:
 
         self.b, self.n, self.k, self.device = b, n, k, device
         self.weight, self.norm = random(n, k), random(n)
-        self.rows = Rows(random(b, k), random(b, num_squares, dtype=torch.float32).square() * k / num_squares)
+        self.rows = Rows(random(b + 3, k), random(b, num_squares, dtype=torch.float32).square() * k / num_squares)
         self.residual = random(b, n, dtype=torch.float32)
         self.conv, self.newest = random(NUM_SLOTS, 3 + 2 * D_STATE, 4), random(b, 2 * D_STATE, dtype=torch.float32)
         self.slots = torch.tensor([[2, -1, 4, 0][i] if i < 4 else -1 for i in range(b)], device=device)
 
     def expected(self) -> Tensor:
-        product = self.rows.values.double() @ self.weight.double().T
+        product = self.rows.values[: self.b].double() @ self.weight.double().T
         return product / (self.rows.squares.double().sum(1, keepdim=True) / self.k + EPS).sqrt()
 
     def nan(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -116,7 +116,7 @@ class Mixed(NamedTuple):
     """What the kernel makes of b rows, for what follows it."""
 
     gated: Tensor
-    """[b, h * p] bf16: y * silu(z), times the weight of the gated norm."""
+    """[b or more, h * p] bf16: y * silu(z), times the weight of the gated norm."""
     squares: Tensor
     """[b, row_chunks] fp32, whose sum is that of the squares of y * silu(z)."""
     newest: Tensor

@@ -20,6 +20,7 @@ from omnimamba.ops.triton.decode import LayerWeights, Shift, Weight
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "channels.cuh", "rows_product.cuh")
 MAX_ROWS = 256
+WHOLE = 64  # rows of a tensor from which on it is read faster: boxes that go beyond its end take longer
 STEP = 64  # columns of a stage
 
 
@@ -67,7 +68,7 @@ class Rows(NamedTuple):
     """What is to be normed and projected."""
 
     values: Tensor
-    """[b, k] bf16: rows times the norm's weight, which have yet to be divided by their root mean square."""
+    """[b or more, k] bf16: rows times the norm's weight, which have yet to be divided by their root mean square."""
     squares: Tensor
     """[b, any] fp32, whose sum is that of a row's squares."""
 

@@ -438,13 +438,14 @@ def embed_kernel(
     i_row = tl.program_id(0)
     wait(PDL)
     slot = tl.load(slots + i_row).to(tl.int64)
+    token = tl.load(tokens + i_row).to(tl.int64)
+    is_image = tl.load(is_t2i + i_row) != 0
     if slot < 0:
         return
     o_k = tl.arange(0, TILE_K)
     m_k = o_k < K
-    token = tl.load(tokens + i_row).to(tl.int64)
     at = tl.load(position + slot)
-    if tl.load(is_t2i + i_row) != 0:
+    if is_image:
         b_token = tl.load(image_table + token * K + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_position = tl.load(image_positions + tl.minimum(at, num_image_positions - 1) * K + o_k, mask=m_k, other=0.0)
     else:
