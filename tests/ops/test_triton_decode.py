@@ -299,12 +299,12 @@ def test_blocks_until_one_ends(model):
     restored = runner_of(model)
     decoder = FusedDecoder(model, restored.state, restored.image_table, options=DecodeOptions(max_vector_rows=0, max_steps=4))
     block = decoder.start(batch, 2)
-    following = decoder.go_on(block, until_one_ends=True)
+    following = decoder.go_on_until_one_ends(block)
     assert following is not None
     first, second = decoder.tokens(block), decoder.tokens(following)
     assert [len(tokens) for tokens in second] == [3, 3], "to the end of the first sample"
     assert [(a + b)[:4] for a, b in zip(first, second, strict=True)] == expected
-    assert decoder.go_on(following, until_one_ends=True) is None
+    assert decoder.go_on_until_one_ends(following) is None
     last = decoder.go_on(following)
     assert last is not None and [len(tokens) for tokens in decoder.tokens(last)] == [0, 1]
     assert decoder.go_on(last) is None

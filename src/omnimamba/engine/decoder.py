@@ -86,6 +86,8 @@ class Block:
     is_filtered: bool
     num: int
     """Blocks before this one since its samples were put in their rows."""
+    left: tuple[int, ...]
+    """Steps that each sample has yet to take after the block; a text may have ended earlier, by a stop id."""
     done: torch.cuda.Event | None
     """None: they are done."""
 
@@ -140,27 +142,35 @@ class FusedDecoder:
         """Enqueues steps of the samples, at most max_steps, whose slots are updated in place."""
         bucket = self.fill(samples)
         tasks = frozenset(sample.task for sample in samples)
-        return self._enqueue(bucket, tasks, any(is_filtering(sample.params) for sample in samples), 0, num_steps)
+        is_filtered = any(is_filtering(sample.params) for sample in samples)
+        return self._enqueue(bucket, tasks, is_filtered, 0, [sample.remaining for sample in samples], num_steps)
 
-    def go_on(self, block: Block, *, until_one_ends: bool = False) -> Block | None:
-        """Waits for a block and enqueues the next one of its samples, as many steps as one may have, or as are left to the longest; None if
-        all samples have ended.
+    def go_on(self, block: Block) -> Block | None:
+        """Enqueues the next block of a block's samples, which may be under way: as many steps as one may have, or as are left to the longest
+        sample. None if none are.
 
-        until_one_ends: None if any sample has, and no steps beyond the first length that is reached. Nothing is told to the device anew:
-        meanwhile no sample may have been moved to another slot. The tokens of the block are to be read before those of the next one are
-        waited for.
+        Nothing is told to the device anew, which knows what has ended by a stop id: meanwhile no sample may have been moved to another slot.
+        The tokens of a block are to be read before the next but one is enqueued.
         """
+        num_steps = min(self.options.max_steps, max(block.left))
+        return self._follow(block, block.left, num_steps) if num_steps > 0 else None
+
+    def go_on_until_one_ends(self, block: Block) -> Block | None:
+        """The same, once the block is done, up to the first length that is reached. None if any sample has ended."""
         self.wait(block)
         is_sample = block.of("null_rows") >= 0
-        goes_on = (block.of("slots") >= 0)[is_sample]
-        if not (goes_on.all() if until_one_ends else goes_on.any()):
+        if (block.of("slots")[is_sample] < 0).any():
             return None
-        block.bucket.rows.emitted.zero_()
-        left = block.of("remaining")[is_sample][goes_on]
-        num_steps = min(self.options.max_steps, int(left.min() if until_one_ends else left.max()))
-        return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, num_steps)
+        return self._follow(block, block.left, min(self.options.max_steps, *block.left))
 
-    def _enqueue(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, num_steps: int) -> Block:
+    def _follow(self, block: Block, left: Sequence[int], num_steps: int) -> Block:
+        block.bucket.rows.emitted.zero_()
+        return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, left, num_steps)
+
+    def _enqueue(
+        self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, left: Sequence[int], num_steps: int
+    ) -> Block:
+        """left: steps of each sample before these."""
         assert 1 <= num_steps <= self.options.max_steps, num_steps
         for _ in range(num_steps):
             self.replay(bucket, tasks, is_filtered)
@@ -171,7 +181,7 @@ class FusedDecoder:
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(self.device))
-        return Block(bucket, tasks, is_filtered, num, done)
+        return Block(bucket, tasks, is_filtered, num, tuple(steps - num_steps for steps in left), done)
 
     @staticmethod
     def wait(block: Block) -> None:

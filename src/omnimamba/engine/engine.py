@@ -106,7 +106,7 @@ class Engine:
         self._prefilling: list[_Job] = []
         self._running: list[_Sequence] = []
         self._under_way: tuple[Block, list[_Sequence]] | None = None
-        """Steps that the device takes while the tokens of those before are handed on, and whose they are."""
+        """Steps that the device takes while the tokens of those before are awaited and handed on, and whose they are."""
         self._num_submitted = 0
 
     @property
@@ -218,13 +218,13 @@ class Engine:
     def _block(self, decoder: FusedDecoder, events: list[tuple[_Job, Event]]) -> None:
         """Tokens for every running sequence, drawn without a look at any between them.
 
-        If no prompt is to be read, the device goes on while the tokens are handed on: it knows by itself which sequences have ended. While
-        requests wait for slots, it does not if one has.
+        If no prompt is to be read, the next block is enqueued before this one is done, so that the device never waits for the host: it knows by
+        itself which sequences have ended. While requests wait for slots, the host looks first, and stops if one has.
         """
         under_way, self._under_way = self._under_way, None
         block, sequences = under_way or self._start_block(decoder)
-        if not self._prefilling and not self.scheduler.can_admit:
-            following = decoder.go_on(block, until_one_ends=bool(self.scheduler.waiting))
+        if not self._prefilling and not self.scheduler.can_admit and set(self._running) <= set(sequences):
+            following = decoder.go_on_until_one_ends(block) if self.scheduler.waiting else decoder.go_on(block)
             self._under_way = None if following is None else (following, sequences)
         drawn = decoder.tokens(block)
         running = set(self._running)  # others have been cancelled since the block began

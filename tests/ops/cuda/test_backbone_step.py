@@ -134,6 +134,21 @@ def test_the_emulated_kernel_equals_the_plain_step(emulated, random_model, case,
     assert_step(launch, random_model, case, name, "cpu", NUM_BLOCKS, SHARED_BYTES)
 
 
+def test_a_step_of_padding_is_none(emulated, random_model):
+    model, _ = models(random_model, config_of(512), None)
+    runner = runner_of(model)
+    before, decoder = runner.state.clone(), FusedDecoder(model, runner.state, runner.image_table)
+    heads = list(decoder.heads.values())
+    slots, is_t2i, embedded = torch.tensor([-1, -1]), torch.tensor([0, 1]), torch.zeros(2, 512)
+    logits = [torch.full((2, head.values.shape[0]), torch.nan) for head in heads]
+    shape = Shape.of(decoder.layers[0], heads, 2, NUM_BLOCKS, SHARED_BYTES)
+    assert shape is not None
+    arguments, kept = arguments_of(decoder.layers, decoder.final_norm, heads, Buffers(slots, is_t2i, embedded, logits), eps=1e-5)
+    assert emulated("backbone_step.cpp", shape.defines()).emulate(ctypes.byref(arguments), NUM_BLOCKS, 0)
+    assert kept[-1].tolist() == [0, 0, 0] and all(part.isnan().all() for part in logits)
+    assert torch.equal(runner.state.conv, before.conv) and torch.equal(runner.state.ssm, before.ssm)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ROWS)

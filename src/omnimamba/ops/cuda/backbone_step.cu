@@ -811,6 +811,8 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) backbone_step(const __grid_constant__ Arguments arguments) {
     Shared& shared = *(Shared*)(dynamic_shared() + NUM_STAGES * STAGE_BYTES);
+    bool is_idle = true;  // as all blocks find: then the step is over
+    for (int b = 0; b < NUM_ROWS; b++) is_idle = is_idle && arguments.rows.slots[b] < 0;
     if (threadIdx.x == 0) {
         for (int i = 0; i < NUM_STAGES; i++) {
             barrier_init(&shared.full[i], 1);
@@ -823,6 +825,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backbone_step(const __g
         barriers_ready();
     }
     __syncthreads();
+    if (is_idle) return;
     if (warp_index() < NUM_WARPS) {
         compute(arguments, shared);
     } else if (threadIdx.x == CONSUMERS) {
