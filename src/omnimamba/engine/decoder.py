@@ -146,11 +146,11 @@ class FusedDecoder:
         return self._enqueue(bucket, tasks, is_filtered, 0, [sample.remaining for sample in samples], num_steps)
 
     def go_on(self, block: Block) -> Block | None:
-        """Enqueues the next block of a block's samples, which may be under way: as many steps as one may have, or as are left to the longest
-        sample. None if none are.
+        """Enqueues the next block of a block's samples, which may be under way: as many steps as one may have, or as are left to the
+        longest sample. None if none are.
 
-        Nothing is told to the device anew, which knows what has ended by a stop id: meanwhile no sample may have been moved to another slot.
-        The tokens of a block are to be read before the next but one is enqueued.
+        Nothing is told to the device anew, which knows what has ended by a stop id: meanwhile no sample may have been moved to another
+        slot. The tokens of a block are to be read before the next but one is enqueued.
         """
         num_steps = min(self.options.max_steps, max(block.left))
         return self._follow(block, block.left, num_steps) if num_steps > 0 else None
@@ -167,9 +167,7 @@ class FusedDecoder:
         block.bucket.rows.emitted.zero_()
         return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, left, num_steps)
 
-    def _enqueue(
-        self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, left: Sequence[int], num_steps: int
-    ) -> Block:
+    def _enqueue(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, left: Sequence[int], num_steps: int) -> Block:
         """left: steps of each sample before these."""
         assert 1 <= num_steps <= self.options.max_steps, num_steps
         for _ in range(num_steps):

@@ -218,8 +218,8 @@ class Engine:
     def _block(self, decoder: FusedDecoder, events: list[tuple[_Job, Event]]) -> None:
         """Tokens for every running sequence, drawn without a look at any between them.
 
-        If no prompt is to be read, the next block is enqueued before this one is done, so that the device never waits for the host: it knows by
-        itself which sequences have ended. While requests wait for slots, the host looks first, and stops if one has.
+        If no prompt is to be read, the next block is enqueued before this one is done, so that the device never waits for the host: it
+        knows by itself which sequences have ended. While requests wait for slots, the host looks first, and stops if one has.
         """
         under_way, self._under_way = self._under_way, None
         block, sequences = under_way or self._start_block(decoder)
