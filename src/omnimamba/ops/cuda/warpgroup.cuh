@@ -35,53 +35,24 @@ __device__ __forceinline__ void products_wait(float (&sums)[size]) {
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \
     "%57, %58, %59, %60, %61, %62, %63"
 
-// sums (+)= a [64, 16] b [64, 16]^T, both in shared memory, `along_rows`.
-__device__ __forceinline__ void multiply(float (&sums)[32], u64 a, u64 b, bool adds) {
-    asm volatile(
-        "{\n"
-        ".reg .pred adds;\n"
-        "setp.ne.b32 adds, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, %32, %33, adds, 1, 1, 0, 0;\n"
-        "}"
-        : SUMS_32(0)
-        : "l"(a), "l"(b), "r"((int)adds));
-}
+// sums (+)= a [64, 16] b [n, 16]^T, both in shared memory, `along_rows`; then which operands of the instruction are what.
+#define MULTIPLY(n, sums_at, a_at, b_at, adds_at, ...)                                                         \
+    __device__ __forceinline__ void multiply(float (&sums)[n / 2], u64 a, u64 b, bool adds) {                  \
+        asm volatile(                                                                                          \
+            "{\n"                                                                                              \
+            ".reg .pred adds;\n"                                                                               \
+            "setp.ne.b32 adds, %" #adds_at ", 0;\n"                                                            \
+            "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums_at "}, %" #a_at ", %" #b_at      \
+            ", adds, 1, 1, 0, 0;\n"                                                                            \
+            "}"                                                                                                \
+            : __VA_ARGS__                                                                                      \
+            : "l"(a), "l"(b), "r"((int)adds));                                                                 \
+    }
 
-// The same with b [72, 16].
-__device__ __forceinline__ void multiply(float (&sums)[36], u64 a, u64 b, bool adds) {
-    asm volatile(
-        "{\n"
-        ".reg .pred adds;\n"
-        "setp.ne.b32 adds, %38, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {" NAMES_32 ", %32, %33, %34, %35}, %36, %37, adds, 1, 1, 0, 0;\n"
-        "}"
-        : SUMS_32(0), SUMS_4(32)
-        : "l"(a), "l"(b), "r"((int)adds));
-}
-
-// The same with b [128, 16].
-__device__ __forceinline__ void multiply(float (&sums)[64], u64 a, u64 b, bool adds) {
-    asm volatile(
-        "{\n"
-        ".reg .pred adds;\n"
-        "setp.ne.b32 adds, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, %64, %65, adds, 1, 1, 0, 0;\n"
-        "}"
-        : SUMS_32(0), SUMS_32(32)
-        : "l"(a), "l"(b), "r"((int)adds));
-}
-
-// The same with b [136, 16].
-__device__ __forceinline__ void multiply(float (&sums)[68], u64 a, u64 b, bool adds) {
-    asm volatile(
-        "{\n"
-        ".reg .pred adds;\n"
-        "setp.ne.b32 adds, %70, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 {" NAMES_64 ", %64, %65, %66, %67}, %68, %69, adds, 1, 1, 0, 0;\n"
-        "}"
-        : SUMS_32(0), SUMS_32(32), SUMS_4(64)
-        : "l"(a), "l"(b), "r"((int)adds));
-}
+MULTIPLY(64, NAMES_32, 32, 33, 34, SUMS_32(0))
+MULTIPLY(72, NAMES_32 ", %32, %33, %34, %35", 36, 37, 38, SUMS_32(0), SUMS_4(32))
+MULTIPLY(128, NAMES_64, 64, 65, 66, SUMS_32(0), SUMS_32(32))
+MULTIPLY(136, NAMES_64 ", %64, %65, %66, %67", 68, 69, 70, SUMS_32(0), SUMS_32(32), SUMS_4(64))
 
 // sums += a [64, 16] b [16, 64], a in registers, b in shared memory, `along_columns`.
 __device__ __forceinline__ void multiply(float (&sums)[32], const u32 (&a)[4], u64 b) {
