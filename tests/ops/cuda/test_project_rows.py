@@ -88,10 +88,12 @@ IN, OUT = TILES["project_in"], TILES["project_out"]
 @pytest.mark.parametrize(
     ("b", "n", "k", "tile", "num_squares"),
     [
-        (1, 64, 64, IN[1][0], 1),  # one step
+        (1, 64, 128, IN[1][0], 1),  # one step of each group
         (64, 296, 640, IN[1][0], 9),
         (33, 152, 512, IN[1][1], 1),
         (40, 136, 192, IN[1][2], 3),
+        (64, 136, 448, Tile(72, 1, 6, 4, k_groups=2), 3),  # one group has a step more
+        (100, 136, 640, Tile(72, 2, 4, 6, k_groups=2), 3),
         (100, 160, 512, IN[2][0], 5),
         (200, 296, 448, IN[4][0], 3),
         (130, 136, 128, IN[4][1], 2),
@@ -105,7 +107,7 @@ def test_the_emulated_project_in(emulate, b, n, k, tile, num_squares):
 @pytest.mark.parametrize(
     ("b", "n", "k", "tile", "num_squares"),
     [
-        (1, 64, 256, OUT[1][0], 1),
+        (1, 64, 512, OUT[1][0], 1),
         (64, 200, 1792, OUT[1][0], 17),
         (40, 100, 512, OUT[1][1], 3),
         (100, 132, 256, OUT[2][0], 5),

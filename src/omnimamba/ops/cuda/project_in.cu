@@ -24,8 +24,9 @@ static_assert(ROWS * N_TILE * 2 <= sizeof(Rings::weight_tiles));
 __device__ void compute(const Arguments& arguments, Shared& shared, int first, int output) {
     float sums[NUM_SUMS];
     multiply_rows(shared.rings, arguments.k, sums);
+    add_groups(shared.rings, sums);
+    if (threadIdx.x >= SUMMING) return;
     barrier_wait(&shared.scaled, 0);
-    named_sync<COMPUTING>();  // nobody reads the tiles any more
     u16(*made)[N_TILE] = (u16(*)[N_TILE])shared.rings.weight_tiles;  // [ROWS]
     const int own = threadIdx.x / GROUP * 64 + first_row();
 #pragma unroll

@@ -7,7 +7,7 @@
 // The including code also defines D_STATE.
 
 constexpr int OWN_ROWS = ROWS / CLUSTER;
-constexpr int OF_ROW = COMPUTING / OWN_ROWS;  // threads
+constexpr int OF_ROW = SUMMING / OWN_ROWS;  // threads
 constexpr int OWN = N_TILE / OF_ROW;          // columns of a thread
 constexpr int UNIT = OWN % 4 == 0 ? 4 : 1;    // columns that are neighbours
 
@@ -41,13 +41,16 @@ struct Shared {
     u64 all_parts, scaled;
 };
 
-static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && ROWS * N_TILE * 4 <= sizeof(Rings::weight_tiles) + sizeof(Rings::row_tiles));
+constexpr int SENT_BYTES = ROWS * N_TILE * 4;  // in place of tiles
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES && SENT_BYTES <= sizeof(Rings::weight_tiles) + sizeof(Rings::row_tiles));
+static_assert(K_GROUPS == 1 || SENT_BYTES <= sizeof(Rings::weight_tiles));  // `add_groups` reads those of rows
 
 __device__ void compute(const Arguments& arguments, Shared& shared, int row_block, int tile, int rank) {
     const int thread = threadIdx.x;
     float sums[NUM_SUMS];
     multiply_rows(shared.rings, arguments.k / CLUSTER, sums);
-    named_sync<COMPUTING>();  // nobody reads the rings any more
+    add_groups(shared.rings, sums);
+    if (thread >= SUMMING) return;
     float(*sent)[N_TILE] = (float(*)[N_TILE])&shared.rings;  // [ROWS]
     const int product_row = thread / GROUP * 64 + first_row();
 #pragma unroll

@@ -36,22 +36,25 @@ class Tile(NamedTuple):
     """Blocks for all rows."""
     cluster: int = 1
     """Blocks for all columns."""
+    k_groups: int = 1
+    """Warpgroups that have the same rows and outputs, and stages in turn."""
 
 
 TILES = {
     "project_in": {
-        1: [Tile(64, 1, 13, 13), Tile(72, 1, 13, 13), Tile(128, 1, 9, 9)],
+        1: [Tile(64, 1, 14, 12, k_groups=2), Tile(72, 1, 14, 12, k_groups=2), Tile(128, 1, 9, 9)],
         2: [Tile(72, 2, 9, 7), Tile(128, 2, 6, 6)],
         4: [Tile(136, 2, 6, 7, row_blocks=2), Tile(128, 4, 4, 4)],
     },
     "project_out": {
-        1: [Tile(64, 1, 16, 7, cluster=4), Tile(72, 1, 16, 7, cluster=4)],  # all weights of a block
+        1: [Tile(64, 1, 16, 6, cluster=4, k_groups=2), Tile(72, 1, 16, 6, cluster=4, k_groups=2)],  # all weights of a block
         2: [Tile(64, 2, 8, 4, cluster=4), Tile(72, 2, 8, 4, cluster=4)],
         4: [Tile(64, 2, 8, 7, row_blocks=2, cluster=2)],
     },
 }
 """To choose from, by how many times 64 rows there are; as many stages as shared memory holds, or as gain anything."""
 MAX_CLUSTER = 4
+MAX_K_GROUPS = 2
 
 # as in the sources
 InArguments = structure(("u", "weights"), ("squares", "out"), (), ("rows", "n", "k", "num_squares"), ("eps",))
@@ -81,15 +84,15 @@ class Shape(NamedTuple):
     d_state: int
 
     def defines(self) -> dict[str, Any]:
-        n, m, weight_stages, row_stages, row_blocks, cluster = self.tile
+        n, m, weight_stages, row_stages, row_blocks, cluster, k_groups = self.tile
         return {
-            "N_TILE": n, "M_TILES": m, "ROW_BLOCKS": row_blocks, "CLUSTER": cluster, "WEIGHT_STAGES": weight_stages,
+            "N_TILE": n, "M_TILES": m, "K_GROUPS": k_groups, "ROW_BLOCKS": row_blocks, "CLUSTER": cluster, "WEIGHT_STAGES": weight_stages,
             "ROW_STAGES": row_stages, "D_STATE": self.d_state, "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
     @property
     def threads(self) -> int:
-        return 128 * self.tile.m + 32 * (2 + min(self.tile.m, 2))
+        return 128 * self.tile.m * self.tile.k_groups + 32 * (2 + min(self.tile.m, 2))
 
     @property
     def shared_bytes(self) -> int:
@@ -132,9 +135,9 @@ def fits(layer: LayerWeights, heads: Sequence[Weight], b: int, device: torch.dev
     return (
         all(tensor.dtype == torch.bfloat16 for tensor in (layer.norm, layer.conv, *weights_in, weight_out))
         and all(tensor.data_ptr() % 16 == 0 for tensor in (*weights_in, weight_out))
-        and all(weight.shape[0] % 8 == 0 and weight.shape[1] % STEP == 0 for weight in weights_in)
+        and all(weight.shape[0] % 8 == 0 and weight.shape[1] % (STEP * MAX_K_GROUPS) == 0 for weight in weights_in)
         and weight_out.shape[0] % 4 == 0
-        and weight_out.shape[1] % (STEP * MAX_CLUSTER) == 0
+        and weight_out.shape[1] % (STEP * MAX_CLUSTER * MAX_K_GROUPS) == 0
         and layer.conv.shape[2] == 4
         and layer.ssm.shape[3] % 16 == 0
     )

@@ -7,18 +7,20 @@
 //
 // A warpgroup multiplies 64 rows, one warp brings weights, another one rows; HELPERS are there for what else is to do. Sums are fp32.
 //
-// The including code defines N_TILE and M_TILES (of 64 rows), both of a block, ROW_BLOCKS, CLUSTER (blocks), WEIGHT_STAGES and ROW_STAGES (of
-// 64 columns).
+// The including code defines N_TILE and M_TILES (of 64 rows), both of a block, ROW_BLOCKS, CLUSTER (blocks), K_GROUPS (warpgroups that have
+// stages in turn), WEIGHT_STAGES and ROW_STAGES (of 64 columns).
 
 constexpr int STEP = 64;  // columns
 constexpr int ROWS = 64 * M_TILES;
-constexpr int COMPUTING = M_TILES * GROUP;  // threads
+constexpr int SUMMING = M_TILES * GROUP, COMPUTING = K_GROUPS * SUMMING;  // threads; the first ones add up what all have computed
 constexpr int HELPERS = M_TILES < 2 ? M_TILES : 2;  // warps
 constexpr int THREADS = COMPUTING + (2 + HELPERS) * 32;
 constexpr int BRINGS_WEIGHTS = COMPUTING / 32, BRINGS_ROWS = BRINGS_WEIGHTS + 1, HELPS = BRINGS_WEIGHTS + 2;  // warps
 constexpr int NUM_SUMS = N_TILE / 2;  // of a thread
 
 static_assert(N_TILE % 8 == 0);
+// A stage is always the same group's: whoever waited for a later round of one that it has not seen filled before would not wait at all.
+static_assert(WEIGHT_STAGES % K_GROUPS == 0 && ROW_STAGES % K_GROUPS == 0);
 
 // Who waits for tiles [SIZE, STEP], and for their places, in a ring of so many stages.
 template <int SIZE, int STAGES>
@@ -28,7 +30,7 @@ struct Ring {
     __device__ __forceinline__ void init() {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], COMPUTING / 32);
+            barrier_init(&empty[i], COMPUTING / 32 / K_GROUPS);
         }
     }
 
@@ -65,23 +67,43 @@ struct Rings {
     }
 };
 
-// The products of a warpgroup's rows, all of k columns.
+// The products of a warpgroup's rows, all of k columns, or of each K_GROUPS steps one.
 __device__ __forceinline__ void multiply_rows(Rings& rings, int k, float (&sums)[NUM_SUMS]) {
-    const int group = threadIdx.x / GROUP;
-    for (int num = 0; num < k / STEP; num++) {
+    const int group = threadIdx.x / GROUP % M_TILES, first = threadIdx.x / GROUP / M_TILES;
+    for (int num = first; num < k / STEP; num += K_GROUPS) {
         const u64 w = tile_at(rings.weights.wait(rings.weight_tiles, num));
         const u64 u = tile_at(rings.rows.wait(rings.row_tiles, num) + group * BOX);
         products_begin();
 #pragma unroll
-        for (int i = 0; i < STEP; i += 16) multiply(sums, along_rows(u, i), along_rows(w, i), num + i > 0);
+        for (int i = 0; i < STEP; i += 16) multiply(sums, along_rows(u, i), along_rows(w, i), num > first || i > 0);
         products_end();
         products_wait<1>(sums);
-        if (num > 0) {  // the products of the step before are done
-            rings.weights.free(num - 1);
-            rings.rows.free(num - 1);
+        if (num > first) {  // the products of the step before are done
+            rings.weights.free(num - K_GROUPS);
+            rings.rows.free(num - K_GROUPS);
         }
     }
     products_wait<0>(sums);
+}
+
+// The sums of all columns, in the threads that are SUMMING. Nobody reads tiles any more then.
+__device__ __forceinline__ void add_groups(Rings& rings, float (&sums)[NUM_SUMS]) {
+    named_sync<COMPUTING>();
+    if constexpr (K_GROUPS == 1) return;
+    static_assert((K_GROUPS - 1) * SUMMING * NUM_SUMS * 4 <= sizeof(Rings::row_tiles));
+    float(*others)[NUM_SUMS][SUMMING] = (float(*)[NUM_SUMS][SUMMING])rings.row_tiles;  // [K_GROUPS - 1]
+    const int own = threadIdx.x / SUMMING, thread = threadIdx.x % SUMMING;
+    if (own > 0) {
+#pragma unroll
+        for (int i = 0; i < NUM_SUMS; i++) others[own - 1][i][thread] = sums[i];
+    }
+    named_sync<COMPUTING>();
+    if (own > 0) return;
+#pragma unroll
+    for (int group = 0; group < K_GROUPS - 1; group++) {
+#pragma unroll
+        for (int i = 0; i < NUM_SUMS; i++) sums[i] += others[group][i][thread];
+    }
 }
 
 // One over the root mean square of each of NUM rows of k numbers from `first` on, as far as there are rows, by a warp. What the squares of
