@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 TILES = {
     "project_in": {
-        1: [Tile(64, 1, 14, 12, k_groups=2), Tile(72, 1, 14, 12, k_groups=2), Tile(128, 1, 9, 9)],
+        1: [Tile(64, 1, 12, 14, k_groups=2), Tile(72, 1, 12, 14, k_groups=2), Tile(128, 1, 9, 9)],
         2: [Tile(72, 2, 9, 7), Tile(128, 2, 6, 6)],
         4: [Tile(136, 2, 6, 7, row_blocks=2), Tile(128, 4, 4, 4)],
     },

@@ -67,8 +67,10 @@ struct Rings {
     }
 };
 
-// The products of a warpgroup's rows, all of k columns, or of each K_GROUPS steps one.
+// The products of a warpgroup's rows, all of k columns, or of each K_GROUPS steps one. What is behind a step's products is the next step's of
+// this group, or those of another one: then tiles are given back at once.
 __device__ __forceinline__ void multiply_rows(Rings& rings, int k, float (&sums)[NUM_SUMS]) {
+    constexpr int BEHIND = K_GROUPS == 1;
     const int group = threadIdx.x / GROUP % M_TILES, first = threadIdx.x / GROUP / M_TILES;
     for (int num = first; num < k / STEP; num += K_GROUPS) {
         const u64 w = tile_at(rings.weights.wait(rings.weight_tiles, num));
@@ -77,10 +79,10 @@ __device__ __forceinline__ void multiply_rows(Rings& rings, int k, float (&sums)
 #pragma unroll
         for (int i = 0; i < STEP; i += 16) multiply(sums, along_rows(u, i), along_rows(w, i), num > first || i > 0);
         products_end();
-        products_wait<1>(sums);
-        if (num > first) {  // the products of the step before are done
-            rings.weights.free(num - K_GROUPS);
-            rings.rows.free(num - K_GROUPS);
+        products_wait<BEHIND>(sums);
+        if (num >= BEHIND) {
+            rings.weights.free(num - BEHIND);
+            rings.rows.free(num - BEHIND);
         }
     }
     products_wait<0>(sums);
