@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnimamba.ops.cuda import compile, hopper
+from omnimamba.ops.cuda import compile
 
 HERE = Path(__file__).parent
 
@@ -36,12 +36,12 @@ def emulated(tmp_path_factory) -> Callable[[str, Mapping[str, object]], ctypes.C
 
 
 @pytest.fixture
-def box_description() -> Callable[..., hopper.TensorMap]:
+def box_description() -> Callable[..., compile.TensorMap]:
     """`tensor_map` for `warpgroup.h`."""
 
-    def describe(tensor: torch.Tensor, positions: int = 64) -> hopper.TensorMap:
+    def describe(tensor: torch.Tensor, positions: int = 64) -> compile.TensorMap:
         b, l, columns = tensor.shape
         values = tensor.data_ptr(), b, l, columns, 2 * tensor.stride(0), 2 * tensor.stride(1), positions
-        return hopper.TensorMap.from_buffer_copy(struct.pack("7q72x", *values))
+        return compile.TensorMap.from_buffer_copy(struct.pack("7q72x", *values))
 
     return describe

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import COOPERATIVE, Kernel, can_run
+from omnimamba.ops.cuda.compile import COOPERATIVE, Kernel, can_run, structure
 from omnimamba.ops.triton.decode import LayerWeights, Weight
 
 SOURCES = ("primitives.cuh", "channels.cuh", "mixer.cuh", "backbone_step.cu")
@@ -23,21 +23,13 @@ WEIGHTS = {torch.bfloat16: "Bf16", torch.int8: "Int8", torch.float8_e4m3fn: "Fp8
 MAX_SLICES = 8  # warps that share a row of a matrix, 256 columns or more each
 UNIT = 8  # channels that no block's share divides
 SEGMENT = 64  # rows of a matrix whose sums are in shared memory at once
-POINTERS = ("layers", "heads", "final_norm", "slots", "is_t2i", "embedded", "residual", "common", "y", "counters")
 
-
-class Arguments(ctypes.Structure):
-    """As in backbone_step.cu."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        ("conv_slot", ctypes.c_longlong),
-        ("ssm_slot", ctypes.c_longlong),
-        ("num_layers", ctypes.c_int),
-        ("num_heads", ctypes.c_int),
-        ("eps", ctypes.c_float),
-        ("lora_scaling", ctypes.c_float),
-    )
+Arguments = structure(  # as in backbone_step.cu
+    pointers=("layers", "heads", "final_norm", "slots", "is_t2i", "embedded", "residual", "common", "y", "counters"),
+    longs=("conv_slot", "ssm_slot"),
+    ints=("num_layers", "num_heads"),
+    floats=("eps", "lora_scaling"),
+)
 
 
 class Shape(NamedTuple):
@@ -155,7 +147,7 @@ class Buffers(NamedTuple):
 
 def arguments_of(
     layers: Sequence[LayerWeights], final_norm: Tensor, heads: Sequence[Weight], buffers: Buffers, *, eps: float
-) -> tuple[Arguments, list[Tensor]]:
+) -> tuple[ctypes.Structure, list[Tensor]]:
     """The kernel's argument, and the tensors that it points to and nobody else holds."""
     device = buffers.embedded.device
     layer_table = table(

@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton.runtime.cache import get_cache_manager
@@ -89,6 +90,27 @@ def check_driver(result: int) -> None:
         message = ctypes.c_char_p()
         driver().cuGetErrorString(result, ctypes.byref(message))
         raise RuntimeError(f"CUDA: {(message.value or b'unknown error').decode()}")
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap."""
+
+    _fields_ = (("bytes", ctypes.c_char * 128),)
+
+
+def structure(
+    *,
+    maps: Sequence[str] = (),
+    pointers: Sequence[str] = (),
+    longs: Sequence[str] = (),
+    ints: Sequence[str] = (),
+    floats: Sequence[str] = (),
+) -> type[ctypes.Structure]:
+    """A kernel's argument, whose fields come in this order, filled up to whole 64 bytes, as tensor maps are aligned there."""
+    kinds = ((maps, TensorMap), (pointers, ctypes.c_void_p), (longs, ctypes.c_longlong), (ints, ctypes.c_int), (floats, ctypes.c_float))
+    fields: list[tuple[str, Any]] = [(name, kind) for names, kind in kinds for name in names]
+    size = sum(ctypes.sizeof(kind) for _, kind in fields)
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("_padding", ctypes.c_char * (-size % 64))]})
 
 
 class LaunchAttribute(ctypes.Structure):

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import can_run, check_driver, driver
+from omnimamba.ops.cuda.compile import TensorMap, can_run, check_driver, driver
 
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Neither older nor newer tensor cores take these instructions."""
     return can_run(device) and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-class TensorMap(ctypes.Structure):
-    """CUtensorMap."""
-
-    _fields_ = (("bytes", ctypes.c_char * 128),)
-
-
-def structure(
-    maps: Sequence[str], pointers: Sequence[str], strides: Sequence[str], numbers: Sequence[str], floats: Sequence[str] = ()
-) -> type[ctypes.Structure]:
-    """The arguments of a kernel, tensor maps first, filled up to whole 64 bytes, as those are aligned there."""
-    fields: list[tuple[str, Any]] = [(name, TensorMap) for name in maps]
-    fields += [(name, ctypes.c_void_p) for name in pointers] + [(name, ctypes.c_longlong) for name in strides]
-    fields += [(name, ctypes.c_int) for name in numbers] + [(name, ctypes.c_float) for name in floats]
-    size = 8 * len(pointers) + 8 * len(strides) + 4 * len(numbers) + 4 * len(floats)
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("_padding", ctypes.c_char * (-size % 64))]})
 
 
 def tensor_map(tensor: Tensor, positions: int = 64) -> TensorMap:

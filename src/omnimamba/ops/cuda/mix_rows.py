@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, can_run
+from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, can_run, structure
 from omnimamba.ops.triton.decode import LayerWeights
 
 SOURCES = ("primitives.cuh", "channels.cuh", "mixer.cuh", "mix_rows.cu")
@@ -20,23 +20,16 @@ THREADS = 32 * (NUM_WARPS + NUM_PREPARING)
 MAX_ROWS = THREADS
 CHUNK_BYTES = 65536  # of states, whose channels are prepared at once
 MAX_STAGES = 3  # more make nothing faster
-POINTERS = (
-    "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "norm", "gated",
-    "squares", "newest", "counter",
+
+Arguments = structure(  # as in mix_rows.cu
+    pointers=(
+        "projected", "lora_B", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "conv", "ssm", "slots", "is_t2i", "norm", "gated",
+        "squares", "newest", "counter",
+    ),
+    longs=("projected_row", "conv_slot", "ssm_slot"),
+    ints=("num_rows",),
+    floats=("lora_scaling",),
 )  # fmt: skip
-
-
-class Arguments(ctypes.Structure):
-    """As in mix_rows.cu."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        ("projected_row", ctypes.c_longlong),
-        ("conv_slot", ctypes.c_longlong),
-        ("ssm_slot", ctypes.c_longlong),
-        ("num_rows", ctypes.c_int),
-        ("lora_scaling", ctypes.c_float),
-    )
 
 
 class Shape(NamedTuple):
@@ -123,7 +116,7 @@ class Mixed(NamedTuple):
     """[b, 2 * n] fp32: B and C before the convolution, for `ops.triton.decode.Shift`."""
 
 
-def arguments_of(projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed, counter: Tensor) -> Arguments:
+def arguments_of(projected: Tensor, layer: LayerWeights, slots: Tensor, is_t2i: Tensor, mixed: Mixed, counter: Tensor) -> ctypes.Structure:
     tensors = (projected, layer.lora.B, *layer.mixer, layer.conv, layer.ssm, slots, is_t2i, layer.gated_norm, *mixed, counter)
     strides = (projected.stride(0), layer.conv.stride(0), layer.ssm.stride(0))
     return Arguments(*(tensor.data_ptr() for tensor in tensors), *strides, slots.shape[0], layer.lora.scaling)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, cluster_of
-from omnimamba.ops.cuda.hopper import TensorMap, is_hopper, structure, tensor_map
+from omnimamba.ops.cuda.compile import PROGRAMMATIC, Kernel, TensorMap, cluster_of, structure
+from omnimamba.ops.cuda.hopper import is_hopper, tensor_map
 from omnimamba.ops.triton.decode import LayerWeights, Shift, Weight
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "channels.cuh", "rows_product.cuh")
@@ -57,13 +57,13 @@ MAX_CLUSTER = 4
 MAX_K_GROUPS = 2
 
 # as in the sources
-InArguments = structure(("u", "weights"), ("squares", "out"), (), ("rows", "n", "k", "num_squares"), ("eps",))
+InArguments = structure(maps=("u", "weights"), pointers=("squares", "out"), ints=("rows", "n", "k", "num_squares"), floats=("eps",))
 OutArguments = structure(
-    ("u", "weights"),
-    ("squares", "residual", "norm", "next", "next_squares", "conv", "slots", "newest"),
-    ("conv_slot", "first"),
-    ("rows", "n", "k", "num_squares"),
-    ("eps",),
+    maps=("u", "weights"),
+    pointers=("squares", "residual", "norm", "next", "next_squares", "conv", "slots", "newest"),
+    longs=("conv_slot", "first"),
+    ints=("rows", "n", "k", "num_squares"),
+    floats=("eps",),
 )
 
 

@@ -67,8 +67,8 @@ struct Rings {
     }
 };
 
-// The products of a warpgroup's rows, all of k columns, or of each K_GROUPS steps one. What is behind a step's products is the next step's of
-// this group, or those of another one: then tiles are given back at once.
+// The products of a warpgroup's rows, all of k columns, or of each K_GROUPS steps one. Behind a step's products are the next step's of this
+// group, or those of another one: then tiles are given back at once.
 __device__ __forceinline__ void multiply_rows(Rings& rings, int k, float (&sums)[NUM_SUMS]) {
     constexpr int BEHIND = K_GROUPS == 1;
     const int group = threadIdx.x / GROUP % M_TILES, first = threadIdx.x / GROUP / M_TILES;

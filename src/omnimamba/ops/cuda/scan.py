@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omnimamba.ops.cuda.compile import Kernel
-from omnimamba.ops.cuda.hopper import TensorMap, is_hopper, structure, tensor_map
+from omnimamba.ops.cuda.compile import Kernel, TensorMap, structure
+from omnimamba.ops.cuda.hopper import is_hopper, tensor_map
 
 SOURCES = ("primitives.cuh", "tiles.cuh", "warpgroup.cuh", "scan.cuh")
 CHUNK = 64  # positions
@@ -27,19 +27,20 @@ MIN_POSITIONS = 128
 
 # as in the sources
 ForwardArguments = structure(
-    ("x", "B", "C", "z", "y"),
-    ("log_decay", "log_input", "D", "initial", "added", "decays", "weight", "squares", "final"),
-    (),
-    ("b", "h", "l", "span", "spans", "padded", "heads_per_group"),
+    maps=("x", "B", "C", "z", "y"),
+    pointers=("log_decay", "log_input", "D", "initial", "added", "decays", "weight", "squares", "final"),
+    ints=("b", "h", "l", "span", "spans", "padded", "heads_per_group"),
 )
 StatesArguments = structure(
-    ("x", "dy", "B", "C", "entering", "leaving"), ("decays", "initial", "dfinal", "dinitial"), (), ("b", "h", "l", "heads_per_group")
+    maps=("x", "dy", "B", "C", "entering", "leaving"),
+    pointers=("decays", "initial", "dfinal", "dinitial"),
+    ints=("b", "h", "l", "heads_per_group"),
 )
 GradientsArguments = structure(
-    ("x", "dy", "B", "C", "entering", "leaving", "dx"),
-    ("decays", "D", "dB", "dC", "part_B", "part_C", "parts"),
-    ("dB_row", "dB_position", "dC_row", "dC_position"),
-    ("b", "h", "l", "groups", "splits"),
+    maps=("x", "dy", "B", "C", "entering", "leaving", "dx"),
+    pointers=("decays", "D", "dB", "dC", "part_B", "part_C", "parts"),
+    longs=("dB_row", "dB_position", "dC_row", "dC_position"),
+    ints=("b", "h", "l", "groups", "splits"),
 )
 
 
