@@ -744,7 +744,9 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
 #pragma unroll 1
     for (int i = 0; i < arguments.num_layers; i++) {
         const Layer& layer = arguments.layers[i];
-        const auto common_scale = [&](int row, int) { return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, 2 * D_INNER + common.first + row); };
+        const auto common_scale = [&](int row, int) {
+            return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, 2 * D_INNER + common.first + row);
+        };
         const auto z_x_scale = [&](int row, int) {
             const int part = row >= channels.num;
             return scale_at<LAYER_WEIGHTS>(layer.in_proj_scale, channels.first + row + part * (D_INNER - channels.num));

@@ -100,7 +100,9 @@ __device__ __forceinline__ u32 ballot(bool is_so) { return __ballot_sync(0xfffff
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // The largest of a warp's numbers, none of which is negative.
-__device__ __forceinline__ float largest_of_lanes(float value) { return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value))); }
+__device__ __forceinline__ float largest_of_lanes(float value) {
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
+}
 
 // ---- numbers from block to block: the lowest bit of a word says whether it is the new one, so nothing else has to be waited for
 

@@ -1,5 +1,5 @@
-// The product of a batch's rows, which have yet to be divided by their root mean square, and a weight matrix, in bf16. The division commutes
-// with the product. See rows_product.cuh.
+// The product of a batch's rows, which have yet to be divided by their root mean square, and a weight matrix, in bf16. The division
+// commutes with the product. See rows_product.cuh.
 
 // ---- what the host passes
 

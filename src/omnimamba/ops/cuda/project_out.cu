@@ -153,10 +153,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
         if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, row_block * ROWS, first, first + part);
     } else if (warp >= HELPS) {
         wait_for_earlier_kernels();
-        const int helper = warp - HELPS, row = helper * OWN_ROWS / HELPERS;
+        const int helper = warp - HELPS, row = helper * OWN_ROWS / HELPERS, from = row_block * ROWS + rank * OWN_ROWS + row;
         find_scales<OWN_ROWS / HELPERS>(
-            shared.scales + row, arguments.squares, row_block * ROWS + rank * OWN_ROWS + row, arguments.rows, arguments.num_squares, arguments.k,
-            arguments.eps);
+            shared.scales + row, arguments.squares, from, arguments.rows, arguments.num_squares, arguments.k, arguments.eps);
         barrier_arrive(&shared.scaled);
         shift_convolutions(arguments, helper);
     } else {
