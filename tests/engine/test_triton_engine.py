@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 
 import pytest
 import torch
@@ -136,6 +137,34 @@ def test_what_happens_while_a_block_is_under_way(engines, requests):
     assert events["cancelled"][-1].finish_reason is FinishReason.CANCELLED
     assert [[event.token for event in events[name]] for name in ("long", "late")] == alone
     assert fused.step() == [] and fused._under_way is None and len(fused.scheduler.free) == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order(engines, requests, seed):
+    """Requests come, wait and are cancelled, wholly or a sample, while blocks are under way: what is drawn is what is drawn alone."""
+    plain, fused = engines(num_slots=4, max_prefill_tokens=16 if seed % 2 else 512)
+    pool = [longer(request, num) for request in requests for num in (3, 9, 14)]
+    chance, chosen, events = random.Random(seed), {}, {}
+    for _ in range(60):
+        action = chance.choice(("submit", "submit", "step", "step", "step", "cancel", "cancel a sample"))
+        if action == "submit" and len(chosen) < 12:
+            request, own = chance.choice(pool), []
+            request_id = fused.submit(request, own.append)
+            chosen[request_id], events[request_id] = request, own
+        elif action == "step":
+            fused.step()
+        elif action.startswith("cancel") and chosen:
+            request_id = chance.choice(list(chosen))
+            fused.cancel(request_id) if action == "cancel" else fused.cancel_sample(request_id, 0)
+    while fused.has_work:
+        fused.step()
+    assert fused.step() == [] and fused._under_way is None and len(fused.scheduler.free) == 4
+    for request_id, request in chosen.items():
+        for i, alone in enumerate(plain.run([request])[0]):
+            own = [event for event in events[request_id] if event.sample_idx == i]
+            tokens = [event.token for event in own if event.token is not None]
+            is_whole = own[-1].finish_reason is not FinishReason.CANCELLED
+            assert tokens == (alone.tokens if is_whole else alone.tokens[: len(tokens)]), (request_id, i)
 
 
 @pytest.mark.parametrize("name", ["start", "go_on", "tokens"])
