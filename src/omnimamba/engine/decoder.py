@@ -153,7 +153,7 @@ class FusedDecoder:
         slot. The tokens of a block are to be read before the next but one is enqueued.
         """
         num_steps = min(self.options.max_steps, max(block.left))
-        return self._follow(block, block.left, num_steps) if num_steps > 0 else None
+        return self._follow(block, num_steps) if num_steps > 0 else None
 
     def go_on_until_one_ends(self, block: Block) -> Block | None:
         """The same, once the block is done, up to the first length that is reached. None if any sample has ended."""
@@ -161,11 +161,11 @@ class FusedDecoder:
         is_sample = block.of("null_rows") >= 0
         if (block.of("slots")[is_sample] < 0).any():
             return None
-        return self._follow(block, block.left, min(self.options.max_steps, *block.left))
+        return self._follow(block, min(self.options.max_steps, *block.left))
 
-    def _follow(self, block: Block, left: Sequence[int], num_steps: int) -> Block:
+    def _follow(self, block: Block, num_steps: int) -> Block:
         block.bucket.rows.emitted.zero_()
-        return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, left, num_steps)
+        return self._enqueue(block.bucket, block.tasks, block.is_filtered, block.num + 1, block.left, num_steps)
 
     def _enqueue(self, bucket: _Bucket, tasks: frozenset[Task], is_filtered: bool, num: int, left: Sequence[int], num_steps: int) -> Block:
         """left: steps of each sample before these."""

@@ -223,11 +223,11 @@ class Engine:
         """
         under_way, self._under_way = self._under_way, None
         block, sequences = under_way or self._start_block(decoder)
-        if not self._prefilling and not self.scheduler.can_admit and set(self._running) <= set(sequences):
+        running = set(self._running)  # others of the block may have been cancelled since it began
+        if not self._prefilling and not self.scheduler.can_admit and running <= set(sequences):
             following = decoder.go_on_until_one_ends(block) if self.scheduler.waiting else decoder.go_on(block)
             self._under_way = None if following is None else (following, sequences)
         drawn = decoder.tokens(block)
-        running = set(self._running)  # others have been cancelled since the block began
         for step in range(max(map(len, drawn))):
             for sequence, tokens in zip(sequences, drawn, strict=True):
                 if step < len(tokens) and sequence in running:

@@ -167,11 +167,6 @@ void cluster_sync() {
 }
 
 template <int size>
-void barrier_arrive_at(u64* barrier, u32 rank) {
-    barrier_arrive(emulation::in_cluster(size, rank, barrier));
-}
-
-template <int size>
 void copy_to_block(char* to, const char* from, u32 bytes, u64* barrier, u32 rank) {
     bulk_copy(emulation::in_cluster(size, rank, to), from, bytes, emulation::in_cluster(size, rank, barrier));
 }

@@ -44,7 +44,7 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int first, i
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) project_in(const __grid_constant__ Arguments arguments) {
-    Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
+    Shared& shared = tiles_of_block<Shared>();
     start_next_kernel();
     const int warp = warp_index(), lane = threadIdx.x % 32;
     const int first = (int)blockIdx.x % ROW_BLOCKS * ROWS, output = (int)blockIdx.x / ROW_BLOCKS * N_TILE;

@@ -8,8 +8,8 @@
 
 constexpr int OWN_ROWS = ROWS / CLUSTER;
 constexpr int OF_ROW = SUMMING / OWN_ROWS;  // threads
-constexpr int OWN = N_TILE / OF_ROW;          // columns of a thread
-constexpr int UNIT = OWN % 4 == 0 ? 4 : 1;    // columns that are neighbours
+constexpr int OWN = N_TILE / OF_ROW;        // columns of a thread
+constexpr int UNIT = OWN % 4 == 0 ? 4 : 1;  // columns that are neighbours
 
 static_assert(OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
 
@@ -71,10 +71,9 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int row_bloc
         const int column = min(first + column_of(i), arguments.n - UNIT), at = min(row, arguments.rows - 1) * arguments.n + column;
         if constexpr (UNIT == 4) {
             const float4 four = *(const float4*)(arguments.residual + at);
-            const uint2 pairs = *(const uint2*)(arguments.norm + column);
-            const float2 low = unpack_bf16(pairs.x), high = unpack_bf16(pairs.y);
+            const float4 weights = four_bf16(*(const uint2*)(arguments.norm + column));
             residual[i] = four.x, residual[i + 1] = four.y, residual[i + 2] = four.z, residual[i + 3] = four.w;
-            norm[i] = low.x, norm[i + 1] = low.y, norm[i + 2] = high.x, norm[i + 3] = high.y;
+            norm[i] = weights.x, norm[i + 1] = weights.y, norm[i + 2] = weights.z, norm[i + 3] = weights.w;
         } else {
             residual[i] = arguments.residual[at], norm[i] = bf16_at(arguments.norm + column);
         }
@@ -131,7 +130,7 @@ __device__ void shift_convolutions(const Arguments& arguments, int helper) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __grid_constant__ Arguments arguments) {
-    Shared& shared = *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
+    Shared& shared = tiles_of_block<Shared>();
     start_next_kernel();
     const int warp = warp_index(), lane = threadIdx.x % 32;
     const int rank = (int)rank_in_cluster<CLUSTER>(), cluster = (int)blockIdx.x / CLUSTER;

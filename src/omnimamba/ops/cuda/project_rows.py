@@ -53,8 +53,10 @@ TILES = {
     },
 }
 """To choose from, by how many times 64 rows there are; as many stages as shared memory holds, or as gain anything."""
-MAX_CLUSTER = 4
-MAX_K_GROUPS = 2
+COLUMNS = {
+    kernel: STEP * max(tile.cluster * tile.k_groups for choices in tiles.values() for tile in choices) for kernel, tiles in TILES.items()
+}
+"""Whose multiples k is: of steps for each group of each block."""
 
 # as in the sources
 InArguments = structure(maps=("u", "weights"), pointers=("squares", "out"), ints=("rows", "n", "k", "num_squares"), floats=("eps",))
@@ -135,9 +137,9 @@ def fits(layer: LayerWeights, heads: Sequence[Weight], b: int, device: torch.dev
     return (
         all(tensor.dtype == torch.bfloat16 for tensor in (layer.norm, layer.conv, *weights_in, weight_out))
         and all(tensor.data_ptr() % 16 == 0 for tensor in (*weights_in, weight_out))
-        and all(weight.shape[0] % 8 == 0 and weight.shape[1] % (STEP * MAX_K_GROUPS) == 0 for weight in weights_in)
+        and all(weight.shape[0] % 8 == 0 and weight.shape[1] % COLUMNS["project_in"] == 0 for weight in weights_in)
         and weight_out.shape[0] % 4 == 0
-        and weight_out.shape[1] % (STEP * MAX_CLUSTER * MAX_K_GROUPS) == 0
+        and weight_out.shape[1] % COLUMNS["project_out"] == 0
         and layer.conv.shape[2] == 4
         and layer.ssm.shape[3] % 16 == 0
     )

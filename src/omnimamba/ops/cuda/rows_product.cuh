@@ -27,12 +27,7 @@ template <int SIZE, int STAGES>
 struct Ring {
     u64 full[STAGES], empty[STAGES];
 
-    __device__ __forceinline__ void init() {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(&full[i], 1);
-            barrier_init(&empty[i], COMPUTING / 32 / K_GROUPS);
-        }
-    }
+    __device__ __forceinline__ void init() { init_ring(full, empty, SUMMING / 32); }
 
     // Columns [first, end) of a tensor [1, any, k] in boxes of SIZE rows, from `row` on.
     __device__ __forceinline__ void bring(char (&tiles)[STAGES][SIZE * ROW], const TensorMap& from, int row, int first, int end) {

@@ -79,19 +79,3 @@ __device__ __forceinline__ void scaled_columns(const char* x, const float2 (&sca
         for (int i = 0; i < 4; i++) factors[k][i] = times(factors[k][i], scales[2 * k + i / 2].x, scales[2 * k + i / 2].y);
     }
 }
-
-// The block's shared memory from where tiles can begin on.
-template <class Shared>
-__device__ __forceinline__ Shared& tiles_of_block() {
-    return *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
-}
-
-// Barriers of a ring: a stage is full once its copies have come, empty once so many warps have said so. By one thread.
-template <int num>
-__device__ __forceinline__ void init_ring(u64 (&full)[num], u64 (&empty)[num], u32 warps) {
-    for (int i = 0; i < num; i++) {
-        barrier_init(&full[i], 1);
-        barrier_init(&empty[i], warps);
-    }
-    barriers_ready();
-}

@@ -418,6 +418,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_gradients(const __
         barrier_init(&shared.dBC_full, WARPS);
         barrier_init(&shared.dBC_empty, WARPS);
         init_ring(shared.full, shared.empty, 2 * WARPS);
+        barriers_ready();
     }
     __syncthreads();
     if (warp_index() / WARPS == INPUTS) {

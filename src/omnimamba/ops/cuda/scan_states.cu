@@ -139,7 +139,10 @@ __device__ void walk_chunks(const Arguments& arguments, Shared& shared) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_states(const __grid_constant__ Arguments arguments) {
     Shared& shared = tiles_of_block<Shared>();
-    if (threadIdx.x == 0) init_ring(shared.full, shared.empty, HEADS * WARPS);
+    if (threadIdx.x == 0) {
+        init_ring(shared.full, shared.empty, HEADS * WARPS);
+        barriers_ready();
+    }
     __syncthreads();
     if (warp_index() < HEADS * WARPS) {
         walk_chunks(arguments, shared);

@@ -17,6 +17,22 @@ __device__ __forceinline__ int first_row() { return threadIdx.x % GROUP / 32 * 1
 
 __device__ __forceinline__ int first_column() { return threadIdx.x % 4 * 2; }
 
+// The block's shared memory from where tiles can begin on.
+template <class Shared>
+__device__ __forceinline__ Shared& tiles_of_block() {
+    return *(Shared*)(dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024);
+}
+
+// Barriers of a ring: a stage is full once its copies have come, empty once so many warps have said so. By one thread,
+// which then makes them `barriers_ready`.
+template <int num>
+__device__ __forceinline__ void init_ring(u64 (&full)[num], u64 (&empty)[num], u32 warps) {
+    for (int i = 0; i < num; i++) {
+        barrier_init(&full[i], 1);
+        barrier_init(&empty[i], warps);
+    }
+}
+
 // Waits for the stage that the num-th tiles go to, counted from 0, and announces their bytes to the barrier that counts them.
 template <int stages>
 __device__ __forceinline__ u64* expect_stage(u64 (&full)[stages], u64 (&empty)[stages], u32 num, u32 bytes) {

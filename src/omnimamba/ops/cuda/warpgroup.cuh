@@ -167,12 +167,6 @@ __device__ __forceinline__ u32 address_in_cluster(const void* own, u32 rank) {
     return address;
 }
 
-// At this barrier in another block. Nothing that was written becomes visible by it.
-template <int size>
-__device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_cluster(barrier, rank)) : "memory");
-}
-
 // `bytes` (a multiple of 16, as the addresses are) to this place in another block, whose barrier counts them.
 template <int size>
 __device__ __forceinline__ void copy_to_block(char* to, const char* from, u32 bytes, u64* barrier, u32 rank) {
