@@ -203,7 +203,14 @@ inline u32 count_up(u32* counter) { return (*counter)++; }
 
 inline bool last_of_grid(u32* counter) { return (int)count_up(counter) == gridDim.x - 1; }
 
-inline int warp_index() { return threadIdx.x / 32; }
+inline int warp_index() {  // all lanes ask for it at once
+    __syncwarp();
+    return threadIdx.x / 32;
+}
+
+inline u64 cycles() { return 0; }
+
+inline void pause_until(u64) {}
 
 inline float lane_value(float value, int lane) {
     emulation::Warp& warp = this_warp();
@@ -279,6 +286,8 @@ inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
 inline float exp2_of(float x) { return std::exp2(x); }
 
 inline float reciprocal(float x) { return 1 / x; }
+
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 inline u32 multiply_add_bf16(u32 a, u32 b, u32 sum) {
     const float2 x = unpack_bf16(a), y = unpack_bf16(b), z = unpack_bf16(sum);

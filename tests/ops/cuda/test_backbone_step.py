@@ -185,7 +185,7 @@ def test_it_compiles(architecture, num_rows, weights, half_state):
 
 def test_what_the_compiler_refuses_is_an_error():
     with pytest.raises(RuntimeError, match=r"backbone_step.cu does not compile for sm_90:\n(.|\n)*error"):
-        compile.compile_cubin(backbone_step.SOURCES, LARGE._replace(layer_weights="Bf17").defines(), "sm_90")
+        compile.compile_cubin(backbone_step.SOURCES, LARGE._replace(head_weights="Bf17").defines(), "sm_90")
 
 
 def test_without_nvrtc_it_is_said_once(monkeypatch, caplog):

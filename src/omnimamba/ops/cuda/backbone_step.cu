@@ -4,8 +4,10 @@
 // At few rows the time is that of reading the weights. So one warp of a block does nothing but stream the block's rows of all matrices,
 // in the order of their use, through a ring of shared memory (bulk copies that complete on mbarriers); it never waits for a result, only
 // for a free stage. What the other warps wait for other blocks' numbers, they make up from the ring, which is then full, so the memory
-// rests little. Behind such a stream a load from memory takes microseconds. So another warp brings most else that a layer needs to
-// shared memory in time (`Extras`), and the rest is loaded into registers before a wait, for after it.
+// rests little. (With weights of 8 bits it would rest half of the time, and just while blocks wait for each other it would be so busy that
+// they wait for twice as long. So the stream keeps a PACE at which it spreads over the whole layer.) Behind such a stream a load from
+// memory takes microseconds. So another warp brings most else that a layer needs to shared memory in time (`Extras`), and the rest is
+// loaded into registers before a wait, for after it.
 //
 // A block has its share of the channels of d_inner: it alone computes their z and x and keeps their states. B, C, dt and LoRA's A u,
 // which all blocks need, are shared out, too, and come first, so that they are everywhere when z and x are done. Blocks wait for
@@ -16,9 +18,9 @@
 // multiplied with 16 bits of them (`Digits`). Other numbers that are not weights of matrices are bf16 or fp32.
 //
 // The including code defines D_MODEL, D_INNER, NUM_HEADS, D_STATE, RANK, NUM_ROWS, LAYER_WEIGHTS and HEAD_WEIGHTS (Bf16, Int8 or Fp8),
-// HALF_STATE (0 or 1), CHANNELS (of a warp in the state update), SLICES (warps that share a row), NUM_STAGES, STAGE_BYTES, SHARED_BYTES,
-// NUM_WARPS (that compute), UNIT (channels that no share divides: 16 bytes of anything) and SEGMENT (rows of a matrix whose sums are in
-// shared memory at once).
+// HALF_STATE (0 or 1), CHANNELS (of a warp in the state update), SLICES (warps that share a row), NUM_STAGES, STAGE_BYTES, PACE (cycles that
+// a stage of a layer's weights takes at least), SHARED_BYTES, NUM_WARPS (that compute), UNIT (channels that no share divides: 16 bytes of
+// anything) and SEGMENT (rows of a matrix whose sums are in shared memory at once).
 
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
@@ -177,6 +179,8 @@ struct Source {
     Shared& shared;
     Place place, oldest;
     int in_flight = 0;
+    int pace = PACE;  // cycles for a stage
+    u64 next = 0;     // when the next one may set out
 
     // The rows [first, first + num) of a matrix of so many columns.
     template <class Weights>
@@ -194,6 +198,8 @@ struct Source {
             } else {
                 in_flight++;
             }
+            pause_until(next);
+            next = cycles() + bytes * pace / STAGE_BYTES;
             barrier_expect(full, bytes);
             bulk_copy(stage_at(place.stage), from, bytes, full);
             place.advance(1);
@@ -354,7 +360,7 @@ __device__ __forceinline__ Normed receive_normed(const float* x, u32 tag, const 
             squares += four.x + four.y + four.z + four.w;
             if (IS_FIXED_POINT) largest = fmaxf(largest, largest_of(*(const float4*)&shared.largest[b][warp]));
         }
-        result.scale[b] = 1 / sqrtf(squares / K + eps);
+        result.scale[b] = rsqrtf(squares * (1.0f / K) + eps);
         result.largest[b] = largest * result.scale[b];
     }
     return result;
@@ -408,8 +414,8 @@ struct Digits {
     __device__ __forceinline__ Digits(const Shared& shared, const Normed& normed) {
 #pragma unroll
         for (int b = 0; b < NUM_ROWS; b++) {
-            const float largest = normed.largest[b] + 1e-30f, per_unit = normed.scale[b] * (LARGEST / largest);
-            unit[b] = largest / LARGEST;
+            const float largest = normed.largest[b] + 1e-30f, per_unit = normed.scale[b] * LARGEST * reciprocal(largest);
+            unit[b] = largest * (1.0f / LARGEST);
 #pragma unroll
             for (int i = 0; i < NUM / 4; i++) {
                 // The lowest 16 bits of each are the integer plus 128: the upper byte is the high digit, the lower one the low digit plus 128.
@@ -632,6 +638,7 @@ __device__ void stream_weights(const Arguments& arguments, Shared& shared) {
         source.stream<LAYER_WEIGHTS>(layer.in_proj, D_INNER + channels.first, channels.num, D_MODEL);  // x
         source.stream<LAYER_WEIGHTS>(layer.out_proj, out_rows.first, out_rows.num, D_INNER);
     }
+    source.pace = 0;
 #pragma unroll 1
     for (int i = 0; i < arguments.num_heads; i++) {
         const Share rows((int)arguments.heads[i].size);
@@ -784,11 +791,11 @@ __device__ void compute(const Arguments& arguments, Shared& shared) {
         update.convolve_channel(layer);
         sync_consumers();
         update.update_states(layer, tag);
+        norm = NormWeights<D_MODEL>(i + 1 < arguments.num_layers ? arguments.layers[i + 1].norm : arguments.final_norm);
         const Normed normed_y = receive_normed<D_INNER>(arguments.y, tag, gated_norm, eps, shared);
         if (i % gridDim.x == blockIdx.x) update.shift_B_C(layer);
         __syncwarp();
         if (speaks) barrier_arrive(&shared.extras_empty);
-        norm = NormWeights<D_MODEL>(i + 1 < arguments.num_layers ? arguments.layers[i + 1].norm : arguments.final_norm);
         const LAYER_WEIGHTS::Operand<D_INNER> y(shared, normed_y);
         multiply<LAYER_WEIGHTS>(sink, y, out_rows.num, out_scale, early_out, [&](int row, int b, float sum, Scaled early) {
             publish(arguments.residual + b * D_MODEL + out_rows.first + row, early.addend + sum * early.scale, residual_tag);

@@ -22,6 +22,7 @@ MAX_STAGES = 32
 WEIGHTS = {torch.bfloat16: "Bf16", torch.int8: "Int8", torch.float8_e4m3fn: "Fp8"}
 MAX_SLICES = 8  # warps that share a row of a matrix, 256 columns or more each
 UNIT = 8  # channels that no block's share divides
+PACE = {"Bf16": 0, "Int8": 82, "Fp8": 96}  # cycles that the stream takes for a KiB, or more: so that it fills a layer's time
 SEGMENT = 64  # rows of a matrix whose sums are in shared memory at once
 
 Arguments = structure(  # as in backbone_step.cu
@@ -94,8 +95,9 @@ class Shape(NamedTuple):
 
     def defines(self) -> dict[str, Any]:
         own = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in self._asdict().items()}
+        pace = PACE[self.layer_weights] * self.stage_bytes // 1024
         sizes = {"STAGE_BYTES": self.stage_bytes, "SHARED_BYTES": self.work_bytes}
-        return own | sizes | {"NUM_WARPS": NUM_WARPS, "UNIT": UNIT, "SEGMENT": SEGMENT}
+        return own | sizes | {"PACE": pace, "NUM_WARPS": NUM_WARPS, "UNIT": UNIT, "SEGMENT": SEGMENT}
 
     @property
     def stage_bytes(self) -> int:

@@ -7,13 +7,14 @@
 //
 // Multiprocessors differ in how fast they reach memory. So a block takes the next chunk of all rows that are not padding whenever it is
 // through with one (`Taking`): all go through memory side by side and end together. The first states travel before the kernels
-// before this one have ended, whose results only the preparing warps read.
+// before this one have ended, whose results only the preparing warps read; not all at once, for those kernels need the memory, too.
 //
 // The definitions are `Mamba2Backbone.step` and what it calls. Activations are bf16 outside of this kernel and fp32 in it. B and C enter
 // the convolution's state in a later kernel, for all blocks of a row read it.
 //
 // The including code defines D_INNER, NUM_HEADS, D_STATE, RANK, HALF_STATE, NUM_WARPS (that update states), NUM_PREPARING (warps),
-// NUM_STAGES (of a warp's ring), TILE_BYTES and CHUNK (channels that are prepared at once).
+// NUM_STAGES (of a warp's ring), PACE (cycles from one of its first tiles to the next), TILE_BYTES and CHUNK (channels that are prepared at
+// once).
 
 constexpr int D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + NUM_HEADS;
 constexpr int HEADDIM = D_INNER / NUM_HEADS;
@@ -274,7 +275,11 @@ struct Ring {
     u32 lap = 0;
 
     __device__ Ring(const Arguments& arguments, Shared& shared) : arguments(arguments), shared(shared), next(warp) {
-        for (int i = 0; i < NUM_STAGES; i++) bring(i);
+        const u64 start = cycles();
+        for (int i = 0; i < NUM_STAGES; i++) {
+            pause_until(start + i * PACE);
+            bring(i);
+        }
     }
 
     __device__ __forceinline__ char* at(int stage) const { return dynamic_shared() + (warp * NUM_STAGES + stage) * TILE_BYTES; }

@@ -20,6 +20,7 @@ THREADS = 32 * (NUM_WARPS + NUM_PREPARING)
 MAX_ROWS = THREADS
 CHUNK_BYTES = 65536  # of states, whose channels are prepared at once
 MAX_STAGES = 3  # more make nothing faster
+PACE = 1800  # cycles from one of a warp's first tiles, which travel while the kernel before ends, to the next
 
 Arguments = structure(  # as in mix_rows.cu
     pointers=(
@@ -66,7 +67,7 @@ class Shape(NamedTuple):
     def defines(self) -> dict[str, Any]:
         own = {name.upper(): int(value) for name, value in self._asdict().items()}
         sizes = {"TILE_BYTES": TILE_BYTES, "SHARED_BYTES": self.work_bytes, "CHUNK": self.chunk}
-        return own | sizes | {"NUM_WARPS": NUM_WARPS, "NUM_PREPARING": NUM_PREPARING}
+        return own | sizes | {"NUM_WARPS": NUM_WARPS, "NUM_PREPARING": NUM_PREPARING, "PACE": PACE}
 
     @property
     def tile(self) -> int:

@@ -104,6 +104,14 @@ __device__ __forceinline__ float largest_of_lanes(float value) {
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
 }
 
+// ---- time: in cycles of the multiprocessor
+
+__device__ __forceinline__ u64 cycles() { return clock64(); }
+
+__device__ __forceinline__ void pause_until(u64 time) {
+    while (cycles() < time) {}
+}
+
 // ---- numbers from block to block: the lowest bit of a word says whether it is the new one, so nothing else has to be waited for
 
 __device__ __forceinline__ void publish(float* to, float value, u32 tag) {

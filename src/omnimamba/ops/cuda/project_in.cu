@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_in(const __grid
     }
     __syncthreads();
     if (warp == BRINGS_WEIGHTS) {
-        if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, output, 0, arguments.k);
+        if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, output, 0, arguments.k, PACE);
     } else if (warp == BRINGS_ROWS) {
         wait_for_earlier_kernels();
         if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, first, 0, arguments.k);

@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project_out(const __gri
     __syncwarp();
     cluster_sync<CLUSTER>();
     if (warp == BRINGS_WEIGHTS) {
-        if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, tile * N_TILE, first, first + part);
+        if (lane == 0) shared.rings.weights.bring(shared.rings.weight_tiles, arguments.weights, tile * N_TILE, first, first + part, PACE);
     } else if (warp == BRINGS_ROWS) {
         wait_for_earlier_kernels();
         if (lane == 0) shared.rings.rows.bring(shared.rings.row_tiles, arguments.u, row_block * ROWS, first, first + part);

@@ -38,6 +38,8 @@ class Tile(NamedTuple):
     """Blocks for all columns."""
     k_groups: int = 1
     """Warpgroups that have the same rows and outputs, and stages in turn."""
+    pace: int = 0
+    """Cycles that each tile of weights takes at least of those that come ahead of the rows."""
 
 
 TILES = {
@@ -47,7 +49,7 @@ TILES = {
         4: [Tile(136, 2, 6, 7, row_blocks=2), Tile(128, 4, 4, 4)],
     },
     "project_out": {
-        1: [Tile(64, 1, 16, 6, cluster=4, k_groups=2), Tile(72, 1, 16, 6, cluster=4, k_groups=2)],  # all weights of a block
+        1: [Tile(64, 1, 14, 8, cluster=4, k_groups=2, pace=600), Tile(72, 1, 14, 8, cluster=4, k_groups=2, pace=600)],
         2: [Tile(64, 2, 8, 4, cluster=4), Tile(72, 2, 8, 4, cluster=4)],
         4: [Tile(64, 2, 8, 7, row_blocks=2, cluster=2)],
     },
@@ -86,10 +88,10 @@ class Shape(NamedTuple):
     d_state: int
 
     def defines(self) -> dict[str, Any]:
-        n, m, weight_stages, row_stages, row_blocks, cluster, k_groups = self.tile
+        n, m, weight_stages, row_stages, row_blocks, cluster, k_groups, pace = self.tile
         return {
             "N_TILE": n, "M_TILES": m, "K_GROUPS": k_groups, "ROW_BLOCKS": row_blocks, "CLUSTER": cluster, "WEIGHT_STAGES": weight_stages,
-            "ROW_STAGES": row_stages, "D_STATE": self.d_state, "SHARED_BYTES": self.shared_bytes,
+            "ROW_STAGES": row_stages, "PACE": pace, "D_STATE": self.d_state, "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
     @property

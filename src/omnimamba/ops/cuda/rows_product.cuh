@@ -8,7 +8,7 @@
 // A warpgroup multiplies 64 rows, one warp brings weights, another one rows; HELPERS are there for what else is to do. Sums are fp32.
 //
 // The including code defines N_TILE and M_TILES (of 64 rows), both of a block, ROW_BLOCKS, CLUSTER (blocks), K_GROUPS (warpgroups that have
-// stages in turn), WEIGHT_STAGES and ROW_STAGES (of 64 columns).
+// stages in turn), WEIGHT_STAGES and ROW_STAGES (of 64 columns), PACE (cycles that an early tile of weights takes at least).
 
 constexpr int STEP = 64;  // columns
 constexpr int ROWS = 64 * M_TILES;
@@ -29,9 +29,13 @@ struct Ring {
 
     __device__ __forceinline__ void init() { init_ring(full, empty, SUMMING / 32); }
 
-    // Columns [first, end) of a tensor [1, any, k] in boxes of SIZE rows, from `row` on.
-    __device__ __forceinline__ void bring(char (&tiles)[STAGES][SIZE * ROW], const TensorMap& from, int row, int first, int end) {
+    // Columns [first, end) of a tensor [1, any, k] in boxes of SIZE rows, from `row` on. Each of the first ones, which come ahead of their
+    // use, takes so many cycles at least: what goes on meanwhile needs the memory, too.
+    __device__ __forceinline__ void bring(
+        char (&tiles)[STAGES][SIZE * ROW], const TensorMap& from, int row, int first, int end, int pace = 0) {
+        const u64 start = cycles();
         for (int num = 0; first + num * STEP < end; num++) {
+            if (num < STAGES) pause_until(start + num * pace);
             u64* barrier = expect_stage(full, empty, num, SIZE * ROW);
             box_copy(tiles[num % STAGES], from, first + num * STEP, row, 0, barrier);
         }
