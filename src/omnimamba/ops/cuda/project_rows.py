@@ -160,6 +160,7 @@ def launch(shape: Shape, arguments: ctypes.Structure, n: int, device: torch.devi
 
 
 def maps_of(shape: Shape, rows: Rows, weight: Tensor) -> list[TensorMap]:
+    assert weight.shape[1] >= STEP * shape.tile.cluster * shape.tile.k_groups, "a warpgroup without a step has no sums"
     return [tensor_map(rows.values[None], 64 * shape.tile.m), tensor_map(weight[None], shape.tile.n)]
 
 
