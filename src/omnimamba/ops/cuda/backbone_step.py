@@ -55,8 +55,8 @@ class Shape(NamedTuple):
     def of(cls, layer: LayerWeights, heads: Sequence[Weight], num_rows: int, blocks: int, shared_bytes: int) -> Shape | None:
         """Of such layers and heads on a device of so many multiprocessors, each with so much shared memory; None if the kernel cannot.
 
-        It wants bf16 and matrices of bf16, int8 or float8, a d_model of 256 or 512 or multiples of
-        1024, a convolution of four taps, d_state 64 or 128, an even rank of LoRA.
+        It wants bf16 and matrices of bf16, int8 or float8, a d_model of 256, 512, 1024 or multiples of
+        2048, a convolution of four taps, d_state 64 or 128, an even rank of LoRA.
         """
         num_heads, headdim, d_state = layer.ssm.shape[1:]
         d_inner, (d_in_proj, d_model) = num_heads * headdim, layer.in_proj.values.shape
