@@ -35,7 +35,7 @@ demo: $(STAMP) ## paint an image with the shipped model, describe a real one
 	@echo "described $(EXAMPLE):"; cat demo/description.txt
 
 test: $(STAMP) ## run the whole CPU test suite
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not weights" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not weights" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(STAMP) ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
