@@ -122,12 +122,13 @@ def test_the_emulated_project_out(emulate, b, n, k, tile, num_squares):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("b", [1, 63, 64, 65, 128, 200, 256])
-@pytest.mark.parametrize(("n", "k"), [(8528, 2048), (2048, 4096), (72, 512), (2208, 512)])
+@pytest.mark.parametrize(("n", "k"), [(8528, 2048), (2048, 4096), (72, 256), (72, 512), (2208, 512)])
 def test_the_launches(b, n, k, pdl):
     if not hopper.is_hopper(torch.device("cuda", 0)):
         pytest.skip("not a Hopper GPU")
     Projecting(b, n, k, 29, "cuda").assert_projects_in(pdl=pdl)
-    Projecting(b, n, k, 256, "cuda").assert_projects_out(pdl=pdl)
+    if k % project_rows.COLUMNS["project_out"] == 0:
+        Projecting(b, n, k, 256, "cuda").assert_projects_out(pdl=pdl)
 
 
 @pytest.mark.slow
