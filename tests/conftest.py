@@ -21,6 +21,10 @@ from omnimamba.model.omnimamba import OmniMambaModel
 from omnimamba.model.vq import VQModel
 from omnimamba.model.weights import from_official
 
+# Ray would send figures of its use, from a thread that outlives its cluster and logs a traceback every ten seconds when it reaches nobody.
+# Python 3.11.7 and older fail to parse (`AST constructor recursion depth mismatch`) while another thread formats one.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`pytest -k golden` selects every test that reads the golden folder. The longest file comes first, so that no process waits for it."""

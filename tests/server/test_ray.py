@@ -21,7 +21,7 @@ def test_a_replica_is_killed_under_load(new_omni, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     env["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # beside other tests on two cores a proxy may take longer to start than its 5
     script = Path(__file__).parent / "ray_cluster.py"
     result = subprocess.run([sys.executable, script, folder, str(port)], capture_output=True, text=True, timeout=280, env=env)
