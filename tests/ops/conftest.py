@@ -1,7 +1,7 @@
 """The device of the kernel tests and how they compare.
 
 Each kernel test runs in Triton's interpreter on the CPU and, marked `gpu`, on a GPU. The interpreter must be chosen before Triton is
-imported, so its tests exist only in a process started with TRITON_INTERPRET=1: `test_triton_interpreter.py` starts one.
+imported, so its tests exist only in a process started with TRITON_INTERPRET=1: `test_triton_interpreter.py` starts one for each file.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""All tests of kernels in Triton's interpreter, in two processes of their own (conftest.py says why)."""
+"""All tests of kernels in Triton's interpreter, each file in a process of its own (conftest.py says why)."""
 
 import os
 import subprocess
@@ -9,23 +9,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-FOLDER = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+FILES = sorted(path for path in TESTS.rglob("test_triton_*.py") if path.stem not in ("test_triton_interpreter", "test_triton_compiles"))
 
 
-def test_kernels_in_the_interpreter():
-    files = sorted(
-        path for path in FOLDER.parent.rglob("test_triton_*.py") if path.stem not in ("test_triton_interpreter", "test_triton_compiles")
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_in_the_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    halves = [
-        subprocess.Popen(
-            [*command, *half], cwd=FOLDER.parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for half in (files[::2], files[1::2])
-    ]
-    printed = [half.communicate()[0] for half in halves]
-    assert [half.returncode for half in halves] == [0, 0], "".join(printed)
+    result = subprocess.run(command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_operators_do_not_import_triton():
