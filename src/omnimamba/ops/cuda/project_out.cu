@@ -16,6 +16,42 @@ static_assert(OF_ROW == 2 * CLUSTER && N_TILE % OF_ROW == 0);
 // Of the tile: where the i-th of a thread's columns is.
 __device__ __forceinline__ int column_of(int i) { return (i / UNIT * OF_ROW + (int)threadIdx.x % OF_ROW) * UNIT + i % UNIT; }
 
+// UNIT neighbours at once.
+
+__device__ __forceinline__ void read_unit(float* to, const float* from) {
+    if constexpr (UNIT == 4) {
+        const float4 four = *(const float4*)from;
+        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    } else {
+        *to = *from;
+    }
+}
+
+__device__ __forceinline__ void read_unit(float* to, const u16* from) {
+    if constexpr (UNIT == 4) {
+        const float4 four = four_bf16(*(const uint2*)from);
+        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    } else {
+        *to = bf16_at(from);
+    }
+}
+
+__device__ __forceinline__ void write_unit(float* to, const float* from) {
+    if constexpr (UNIT == 4) {
+        *(float4*)to = make_float4(from[0], from[1], from[2], from[3]);
+    } else {
+        *to = *from;
+    }
+}
+
+__device__ __forceinline__ void write_unit(u16* to, const float* from) {
+    if constexpr (UNIT == 4) {
+        *(uint2*)to = uint2{pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3])};
+    } else {
+        *to = to_bf16(*from);
+    }
+}
+
 // ---- what the host passes
 
 struct Arguments {
@@ -69,14 +105,8 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int row_bloc
 #pragma unroll
     for (int i = 0; i < OWN; i += UNIT) {
         const int column = min(first + column_of(i), arguments.n - UNIT), at = min(row, arguments.rows - 1) * arguments.n + column;
-        if constexpr (UNIT == 4) {
-            const float4 four = *(const float4*)(arguments.residual + at);
-            const float4 weights = four_bf16(*(const uint2*)(arguments.norm + column));
-            residual[i] = four.x, residual[i + 1] = four.y, residual[i + 2] = four.z, residual[i + 3] = four.w;
-            norm[i] = weights.x, norm[i + 1] = weights.y, norm[i + 2] = weights.z, norm[i + 3] = weights.w;
-        } else {
-            residual[i] = arguments.residual[at], norm[i] = bf16_at(arguments.norm + column);
-        }
+        read_unit(residual + i, arguments.residual + at);
+        read_unit(norm + i, arguments.norm + column);
     }
     barrier_wait(&shared.scaled, 0);
     barrier_wait(&shared.all_parts, 0);
@@ -88,28 +118,21 @@ __device__ void compute(const Arguments& arguments, Shared& shared, int row_bloc
         float values[UNIT] = {};
 #pragma unroll
         for (int part = 0; part < CLUSTER; part++) {
-            const float* from = &shared.parts[part][own_row][column];
-            if constexpr (UNIT == 4) {
-                const float4 four = *(const float4*)from;
-                values[0] += four.x, values[1] += four.y, values[2] += four.z, values[3] += four.w;
-            } else {
-                values[0] += *from;
-            }
+            float products[UNIT];
+            read_unit(products, &shared.parts[part][own_row][column]);
+#pragma unroll
+            for (int j = 0; j < UNIT; j++) values[j] += products[j];
         }
         if (row >= arguments.rows || first + column >= arguments.n) continue;
+        float next[UNIT];
 #pragma unroll
         for (int j = 0; j < UNIT; j++) {
             values[j] = fmaf(values[j], scale, residual[i + j]);
             squares = fmaf(values[j], values[j], squares);
+            next[j] = values[j] * norm[i + j];
         }
-        if constexpr (UNIT == 4) {
-            *(float4*)(arguments.residual + at) = make_float4(values[0], values[1], values[2], values[3]);
-            *(uint2*)(arguments.next + at) =
-                uint2{pack_bf16(values[0] * norm[i], values[1] * norm[i + 1]), pack_bf16(values[2] * norm[i + 2], values[3] * norm[i + 3])};
-        } else {
-            arguments.residual[at] = values[0];
-            arguments.next[at] = to_bf16(values[0] * norm[i]);
-        }
+        write_unit(arguments.residual + at, values);
+        write_unit(arguments.next + at, next);
     }
 #pragma unroll
     for (int mask = OF_ROW / 2; mask; mask /= 2) squares += shuffle_xor(squares, mask);
