@@ -169,7 +169,7 @@ def test_truncated_file(saved):
 
 
 def test_safetensors_file_that_is_no_state(saved):
-    tensors, header = load_file(saved), {"fingerprint": "f", "metadata": "{}"}
+    tensors, header = {name: tensor.clone() for name, tensor in load_file(saved).items()}, {"fingerprint": "f", "metadata": "{}"}
     others = [({key: value for key, value in tensors.items() if key != name}, header) for name in tensors]
     others += [(tensors, None), (tensors, {"fingerprint": "f"}), ({**tensors, "position": torch.tensor(3)}, header)]
     others += [({**tensors, "position": tensors["position"].double()}, header), ({**tensors, "ssm": tensors["ssm"].long()}, header)]

@@ -63,7 +63,8 @@ class QuantizedWeight(nn.Module):
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of the matrix as an embedding looks them up. ids: [...]; returns [..., k]."""
         flat = ids.flatten()
-        return dequantize(self.values[flat], self.scale[flat], dtype).view(*ids.shape, self.shape[1])
+        values = self.values.view(torch.uint8)[flat].view(self.values.dtype)  # torch 2.8 takes no rows of fp8 on a CPU
+        return dequantize(values, self.scale[flat], dtype).view(*ids.shape, self.shape[1])
 
     def packed(self) -> quant_cpu.Packed:
         """The matrix as the CPU's kernels want it: a copy beside `values`, made on first use."""
